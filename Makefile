@@ -1,0 +1,26 @@
+# A machine needs Python 3.11+ and make, nothing else; uv is used where it is installed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test lint clean
+
+train: .venv/ready          ## the default run; make train ARGS="dataset=imagenette backbone=dino_vits16"
+	$(BIN)/python -m dino.train $(ARGS)
+
+test: .venv/ready           ## make test ARGS="tests/test_loss.py"
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml
+	if command -v uv > /dev/null; \
+	then uv venv --allow-existing -q .venv && uv pip install -q --python $(BIN)/python -e '.[dev]'; \
+	else $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q -e '.[dev]'; \
+	fi
+	touch $@
+
+clean:
+	rm -rf .venv outputs/*

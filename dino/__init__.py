@@ -1,0 +1,32 @@
+"""DINO, self-distillation with no labels: the parts, usable without any config. Names load when they are first used."""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "DINOTransform": "augmentation",
+    "EvalTransform": "augmentation",
+    "collate_multi_crop": "augmentation",
+    "Steps": "batches",
+    "load_checkpoint": "checkpoint",
+    "load_teacher": "checkpoint",
+    "save_checkpoint": "checkpoint",
+    "KNN": "evaluator",
+    "DinoProjectionHead": "head",
+    "History": "history",
+    "DinoLoss": "loss",
+    "DinoModel": "model",
+    "make_teacher": "model",
+    "update_teacher_EMA": "model",
+    "parameter_groups": "optimizer",
+    "Schedule": "scheduler",
+    "train": "train",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dino' has no attribute {name!r}")
+    return getattr(import_module(f"dino.{_HOME[name]}"), name)

@@ -1,0 +1,42 @@
+"""Any model of the timm library (an extra: `pip install timm`)."""
+
+from difflib import get_close_matches
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Timm(nn.Module):
+    """timm's model of that name without its classifier, pooled as timm pools it.
+
+    options go to timm.create_model (drop_path_rate=0.1, img_size=64, ...). Models that can take images of any size
+    when told so (dynamic_img_size) are told so: ViTs then take multiples of their patch size. Some (Swin, for one) take
+    only the size that they were made for.
+    Raises ValueError for a name that timm does not know, ImportError where timm is not installed.
+    """
+
+    def __init__(self, name: str, pretrained: bool = False, **options: Any) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ImportError as error:
+            raise ImportError(
+                f"Timm: backbone {name} needs the timm package, which is not installed: pip install timm"
+            ) from error
+        if ":" not in name and not timm.is_model(name):  # hf-hub:... and local-dir:... are timm's to judge
+            nearest = get_close_matches(name, timm.list_models(), n=3)
+            hint = f"Did you mean {' or '.join(nearest)}?" if nearest else "timm.list_models() lists the names."
+            raise ValueError(f"Timm: name must be a model of timm, got {name!r}. {hint}")
+        options = {"pretrained": pretrained, "num_classes": 0, **options}
+        try:
+            self.network: Any = timm.create_model(name, **{"dynamic_img_size": True, **options})
+        except TypeError:  # a convolutional network knows no such option
+            self.network = timm.create_model(name, **options)
+        # The width of the features: some models (MobileNet-V3) have one more layer between the last map and them.
+        self.output_dim: int = getattr(self.network, "head_hidden_size", self.network.num_features)
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch {self.output_dim}"]:
+        """The pooled features."""
+        features: Tensor = self.network(images)
+        return features

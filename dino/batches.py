@@ -1,0 +1,123 @@
+"""From a dataset to the steps of a run: which images, cut into which views, in which order, from which step on."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dino.augmentation import DINOTransform, collate_multi_crop
+
+# One stream of random numbers for each use, so that no two uses ever share one.
+ORDER, GEOMETRY, PHOTOMETRY = 1, 2, 3
+
+
+class MultiCropDataset(Dataset[tuple[list[Tensor], int]]):
+    """`dataset[(epoch, index)] -> (uint8 views, label)`: the worker's half of the transform.
+
+    The crops depend on (seed, epoch, index) alone, so that they are the same for any number of workers and on resume.
+    """
+
+    def __init__(self, dataset: Any, transform: DINOTransform, seed: int) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], int]:
+        image, label = self.dataset[key[1]]
+        return self.transform.crop(image, np.random.default_rng([self.seed, GEOMETRY, *key])), label
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """The (epoch, index) keys of every forward pass from step `start` to step `end`, `accumulation` passes a step.
+
+    Each epoch is a permutation made of (seed, epoch); the images that do not fill a step are left out of that epoch.
+    """
+
+    def __init__(self, images: int, batch_size: int, accumulation: int, seed: int, start: int, end: int) -> None:
+        self.images, self.batch_size, self.accumulation = images, batch_size, accumulation
+        self.seed, self.start, self.end = seed, start, end
+        self.steps_per_epoch = images // (batch_size * accumulation)
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"one step takes {batch_size * accumulation} images (batch_size {batch_size} x {accumulation} accumulated "
+                f"passes), and the dataset has {images}: lower training.batch_size or the accumulation."
+            )
+
+    def __len__(self) -> int:
+        return (self.end - self.start) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start, self.end):
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            if step == self.start or step_of_epoch == 0:
+                order = np.random.default_rng([self.seed, ORDER, epoch]).permutation(self.images)
+            first = step_of_epoch * self.accumulation * self.batch_size
+            for at in range(first, first + self.accumulation * self.batch_size, self.batch_size):
+                yield [(epoch, int(index)) for index in order[at : at + self.batch_size]]
+
+
+class Steps:
+    """`for step, parts in Steps(...)`: one optimizer update each, in `accumulation` parts, each a list of ready views.
+
+    A part is moved to the device, and photometry done there in one batch, when the loop asks for it. One loader serves all
+    epochs: no worker starts anew between two, and the first batch of an epoch is there when the last one is done.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        transform: DINOTransform,
+        batch_size: int,
+        accumulation: int = 1,
+        seed: int = 0,
+        start: int = 0,
+        end: int | None = None,
+        device: torch.device | str = "cpu",
+        num_workers: int = 0,
+    ) -> None:
+        self.transform, self.accumulation, self.seed, self.device = transform, accumulation, seed, torch.device(device)
+        end = len(dataset) // (batch_size * accumulation) if end is None else end
+        self.sampler = StepSampler(len(dataset), batch_size, accumulation, seed, start, end)
+        self.loader = DataLoader(
+            MultiCropDataset(dataset, transform, seed),
+            batch_sampler=self.sampler,
+            collate_fn=collate_multi_crop,
+            num_workers=num_workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else starting the loader would draw from the run's own generator
+        )
+
+    def __len__(self) -> int:
+        return self.sampler.end - self.sampler.start
+
+    def __iter__(self) -> Iterator[tuple[int, Iterator[list[Tensor]]]]:
+        batches = iter(self.loader)
+        for step in range(self.sampler.start, self.sampler.end):
+            yield step, self._parts(step, batches)
+
+    def _parts(self, step: int, batches: Iterator[tuple[list[Tensor], Tensor]]) -> Iterator[list[Tensor]]:
+        for part in range(self.accumulation):
+            views, _ = next(batches)
+            views = [view.to(self.device, non_blocking=True) for view in views]
+            yield self.transform.augment(views, seed=(self.seed, PHOTOMETRY, step), start=part * len(views[0]))
+
+
+def accumulation_for(batch_size: int, passes: int, effective_batch: int | None, processes: int = 1) -> int:
+    """Forward passes to one update: `passes`, or as many as make up `effective_batch` where that is set."""
+    if effective_batch is None:
+        return passes
+    if effective_batch % (batch_size * processes):
+        nearest = batch_size * processes * max(1, round(effective_batch / (batch_size * processes)))
+        raise ValueError(
+            f"training.effective_batch must be a multiple of batch_size x processes = {batch_size} x {processes}, "
+            f"got {effective_batch}; {nearest} would do, or another training.batch_size."
+        )
+    return effective_batch // (batch_size * processes)
+
+
+def steps_of(images: int, effective_batch: int, epochs: int, max_steps: int | None) -> tuple[int, int]:
+    """(steps an epoch, steps of the run)."""
+    steps_per_epoch = images // effective_batch
+    total = epochs * steps_per_epoch
+    return steps_per_epoch, total if max_steps is None else min(total, max_steps)

@@ -1,0 +1,148 @@
+"""What a run needs to go on exactly where it was, and the one file that people want from it: teacher.safetensors."""
+
+import importlib
+import json
+import logging
+import os
+import random
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dino.model import DinoModel
+
+log = logging.getLogger(__name__)
+FOLDER = "checkpoints"
+TEACHER = "teacher.safetensors"
+
+
+def save_checkpoint(directory: Path, state: dict[str, Any], keep: int = 2, best: bool = False) -> Path:
+    """Writes `state` (tensors and plain values; `iteration` names the file) below directory/checkpoints.
+
+    Complete or not there at all: written under another name, synced, renamed. Then all but the newest `keep` go; with
+    `best`, this one is kept as best.pt too (a second name of the same file, no second copy).
+    """
+    path = directory / FOLDER / f"step_{state['iteration']:09d}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, lambda file: torch.save({**state, "timestamp": datetime.now(UTC).isoformat()}, file))
+    if best:
+        link = path.with_name("best.tmp")
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, path.with_name("best.pt"))
+    for old in _newest_first(directory)[keep:]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(directory: Path) -> dict[str, Any] | None:
+    """The newest whole checkpoint below `directory`, on the CPU; None where there is none yet.
+
+    A broken one is passed over, saying so. Loads with weights_only: a checkpoint can hold no code. Raises ValueError where
+    all are broken: to start afresh without a word would throw the run away.
+    """
+    paths = _newest_first(directory)
+    for path in paths:
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return state
+        except Exception as error:  # bytes that are no checkpoint can raise anything
+            log.warning("%s cannot be read (%s); trying the one before.", path, str(error).split("\n")[0])
+    if paths:
+        raise ValueError(
+            f"none of the {len(paths)} checkpoints in {directory / FOLDER} can be read; restore one from a backup, "
+            "or move the directory away to start afresh."
+        )
+    return None
+
+
+def save_teacher(directory: Path, teacher: DinoModel, config: dict[str, Any], preprocessing: dict[str, Any]) -> None:
+    """directory/teacher.safetensors: backbone and head, with how to build them and to prepare images in the metadata."""
+    from safetensors.torch import save
+
+    weights = {name: value.detach().contiguous().clone() for name, value in teacher.state_dict().items()}
+    metadata = {
+        "format": "pt",
+        "backbone": json.dumps(config["backbone"]),
+        "head": json.dumps(config["head"]),
+        "preprocessing": json.dumps(preprocessing),
+    }
+    data = save(weights, metadata)
+    _write(directory / TEACHER, lambda file: file.write(data))
+
+
+def load_teacher(path: str | Path) -> DinoModel:
+    """A run's teacher in eval mode, from its directory or its teacher.safetensors, with no more than this package.
+
+    `.preprocessing` on the result: size in pixels, mean and std of the images it expects.
+    """
+    from safetensors import safe_open
+
+    path = Path(path) / TEACHER if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there; expected a run's directory or its {TEACHER}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        backbone_config, head_config = json.loads(metadata["backbone"]), json.loads(metadata["head"])
+    except Exception as error:  # safetensors raises an exception type of its own for each fault
+        raise ValueError(f"{path} cannot be read as a {TEACHER} of this project ({error}).") from error
+    backbone = _construct({**backbone_config, **({"pretrained": False} if "pretrained" in backbone_config else {})})
+    model = DinoModel(backbone, _construct(head_config, input_dim=backbone.output_dim))
+    model.load_state_dict(weights)
+    model.preprocessing = json.loads(metadata["preprocessing"])
+    return model.eval()
+
+
+def rng_state() -> dict[str, Any]:
+    """Every global random generator of this process, as plain values and tensors."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _construct(node: dict[str, Any], **late: Any) -> nn.Module:
+    module, name = node["_target_"].rsplit(".", 1)
+    arguments = {key: value for key, value in node.items() if not key.startswith("_")}
+    built: nn.Module = getattr(importlib.import_module(module), name)(**arguments, **late)
+    return built
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    return sorted((directory / FOLDER).glob("step_*.pt"), reverse=True)
+
+
+def _write(path: Path, write: Callable[[Any], object]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself survives a power cut
+    finally:
+        os.close(folder)

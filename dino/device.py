@@ -1,0 +1,54 @@
+"""Which device and which number format a run uses."""
+
+import functools
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """auto: CUDA, else Apple's MPS, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """auto: bf16 where the processor computes in it, else fp32."""
+    if name != "auto":
+        return name
+    has_bf16 = (
+        torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16(device)
+    )
+    return "bf16" if has_bf16 else "fp32"
+
+
+def autocast_for(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
+    """A context for forward passes; fp32 is a context that does nothing."""
+    if precision == "fp32":
+        return nullcontext
+    return functools.partial(torch.autocast, device.type, dtype=DTYPES[precision])
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: fewer than the machine's under SLURM or in a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
+
+
+def _cpu_has_bf16(device: torch.device) -> bool:
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())

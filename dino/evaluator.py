@@ -1,0 +1,160 @@
+"""Nearest neighbours in the space of frozen features: what a backbone has learned, without training anything on it."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from dino.augmentation import EvalTransform
+
+Features = tuple[Float[Tensor, "images dim"], Int[Tensor, " images"]]
+Bank = tuple[Float[Tensor, "bank dim"], Int[Tensor, " bank"]]
+
+
+class KNN:
+    """Weighted k-NN on the backbone's features (Wu et al. 2018; DINO, Sec. 4.1): cosine, weights exp(similarity / T)."""
+
+    def __init__(self, size: int, k: int = 20, temperature: float = 0.07, batch_size: int = 256) -> None:
+        for name, value in (("size", size), ("k", k), ("temperature", temperature), ("batch_size", batch_size)):
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}.")
+        self.k, self.temperature, self.batch_size = k, temperature, batch_size
+        self.transform = EvalTransform(size)
+
+    def __call__(
+        self,
+        backbone: nn.Module,
+        train: Any,
+        val: Any,
+        device: torch.device | str = "cpu",
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        num_workers: int = 0,
+    ) -> dict[str, float]:
+        """{"knn": accuracy in [0, 1] of `val` by its neighbours in `train`}. The backbone is used in eval mode."""
+        if train.classes is None or val.classes is None:
+            return {}
+        was_training = {module: module.training for module in backbone.modules()}
+        backbone.eval()
+        try:
+            bank, queries = (self._features(backbone, data, device, autocast, num_workers) for data in (train, val))
+        finally:
+            for module, training in was_training.items():
+                module.training = training
+        return {"knn": knn_accuracy(bank, queries, self.k, self.temperature)}
+
+    def baselines(
+        self,
+        backbone: nn.Module,
+        train: Any,
+        val: Any,
+        device: torch.device | str = "cpu",
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        num_workers: int = 0,
+    ) -> dict[str, float]:
+        """What must be beaten: k-NN on raw pixels, and on the untrained `backbone` with calibrated batch norms."""
+        if train.classes is None or val.classes is None:
+            return {}
+        rest = (train, val, device, autocast, num_workers)
+        images = (views for views, _ in self._batches(train, num_workers, shuffle=True))
+        calibrated = calibrate(backbone, (self.transform.normalise(batch.to(device)) for batch in images), autocast)
+        return {"raw_pixels": self(RawPixels(), *rest)["knn"], "untrained": self(calibrated, *rest)["knn"]}
+
+    @torch.inference_mode()
+    def _features(
+        self, backbone: nn.Module, data: Any, device: Any, autocast: Callable[[], Any], num_workers: int
+    ) -> Features:
+        features, labels = [], []
+        for images, targets in self._batches(data, num_workers):
+            with autocast():
+                out = backbone(self.transform.normalise(images.to(device, non_blocking=True)))
+            features.append(out.float())
+            labels.append(targets.to(device))
+        return torch.cat(features), torch.cat(labels)
+
+    def _batches(self, data: Any, num_workers: int, shuffle: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(
+            DataLoader(
+                _Prepared(data, self.transform),
+                batch_size=self.batch_size,
+                shuffle=shuffle,
+                num_workers=num_workers,
+                generator=torch.Generator().manual_seed(0),  # the run's own generator stays where it is
+            )
+        )
+
+
+class NoEvaluator:
+    """Measures nothing: for data without labels, or a user in a hurry."""
+
+    def __call__(self, *_: Any, **__: Any) -> dict[str, float]:
+        return {}
+
+    def baselines(self, *_: Any, **__: Any) -> dict[str, float]:
+        return {}
+
+
+class RawPixels(nn.Module):
+    """Images of 32 x 32 pixels as they are, their mean removed: what a backbone must beat to have learned anything."""
+
+    output_dim = 3 * 32 * 32
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch {self.output_dim}"]:
+        small = F.interpolate(images, size=(32, 32), mode="bilinear", antialias=True, align_corners=False).flatten(1)
+        return small - small.mean(dim=1, keepdim=True)
+
+
+def knn_accuracy(bank: Bank, queries: Features, k: int = 20, temperature: float = 0.07, chunk: int = 1024) -> float:
+    """Share of `queries` whose label wins the weighted vote of their k nearest in `bank`; in chunks of queries.
+
+    Ties go to the smaller label. `k` is cut to the size of the bank.
+    """
+    bank_features, bank_labels = F.normalize(bank[0], dim=1), bank[1]
+    classes = int(torch.maximum(bank_labels.max(), queries[1].max())) + 1
+    right = torch.zeros((), dtype=torch.long, device=bank_labels.device)
+    for features, labels in zip(queries[0].split(chunk), queries[1].split(chunk), strict=True):
+        similarity, neighbour = (F.normalize(features, dim=1) @ bank_features.T).topk(min(k, len(bank_features)), dim=1)
+        votes = torch.zeros(len(features), classes, device=features.device)
+        votes.scatter_add_(1, bank_labels[neighbour], (similarity / temperature).exp())
+        right += (votes.argmax(dim=1) == labels).sum()
+    return right.item() / len(queries[1])
+
+
+@torch.no_grad()
+def calibrate(
+    backbone: nn.Module,
+    batches: Iterator[Tensor],
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    passes: int = 20,
+) -> nn.Module:
+    """A copy of `backbone` whose batch norms hold the plain mean of their statistics over `passes` batches of images.
+
+    An untrained network scores several points higher so: the honest figure to beat. Nothing is learned.
+    """
+    calibrated = copy.deepcopy(backbone).train()
+    norms = [module for module in calibrated.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative mean
+    for images in itertools.islice(batches if norms else (), passes):
+        with autocast():
+            calibrated(images)
+    return calibrated.eval()
+
+
+class _Prepared(Dataset[tuple[Tensor, int]]):
+    def __init__(self, data: Any, transform: EvalTransform) -> None:
+        self.data, self.transform = data, transform
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.data[index]
+        return self.transform(image), label

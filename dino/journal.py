@@ -1,0 +1,202 @@
+"""What happens between two steps: show, record, evaluate, checkpoint, stop. The loop itself knows nothing of it."""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dino.history import History
+from dino.logger import Loggers
+from dino.loss import DinoLoss
+from dino.scheduler import Values
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """A signal asked for the end; the checkpoint is written."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss is NaN or infinite: training cannot go on from here."""
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGINT and SIGUSR2 into a flag that is looked at after each step; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _: FrameType | None) -> None:
+        self.signum = signum
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Journal:
+    """Called after every step with what the step knows; keeps the run's history, bar, loggers and checkpoints.
+
+    evaluate: () -> metrics of the teacher now, {} where there is nothing to measure.
+    checkpoint: (iteration, the journal's own state, whether it is the best by k-NN) -> None.
+    Numbers stay on the device between log steps, so that a GPU is not waited for; every loss is looked at all the same.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        history: History,
+        loggers: Loggers,
+        loss: DinoLoss,
+        evaluate: Callable[[], dict[str, float]],
+        checkpoint: Callable[[int, dict[str, Any], bool], None],
+        stop: StopSignal,
+        start: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        effective_batch: int,
+        log_every_steps: int = 10,
+        evaluate_every_epochs: int = 1,
+        checkpoint_every_epochs: int = 1,
+        checkpoint_every_minutes: float = 15.0,
+        metrics: dict[str, Any] | None = None,
+    ) -> None:
+        self.directory, self.history, self.loggers, self.loss = directory, history, loggers, loss
+        self.evaluate, self.checkpoint, self.stop = evaluate, checkpoint, stop
+        self.total_steps, self.steps_per_epoch, self.effective_batch = total_steps, steps_per_epoch, effective_batch
+        self.log_every_steps, self.evaluate_every_epochs = log_every_steps, evaluate_every_epochs
+        self.checkpoint_every_epochs, self.checkpoint_every_minutes = checkpoint_every_epochs, checkpoint_every_minutes
+        nothing_yet = {
+            "epoch_loss": 0.0,
+            "epoch_steps": 0,
+            "last_knn": math.nan,
+            "best_knn": -1.0,
+            "training_seconds": 0.0,
+        }
+        self.metrics = metrics or nothing_yet
+        self.first_step, self.recent = start, list[Tensor]()
+        self.bar = tqdm(initial=start, total=total_steps, unit="step", dynamic_ncols=True, smoothing=0.05)
+        self.last_save = self.last_flush = time.monotonic()
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def __call__(self, step: int, now: Values, loss: Tensor, gradient_norm: Tensor, teacher: Tensor) -> None:
+        """`step` counts from 0; `iteration` in the history and on checkpoints is the number of updates done."""
+        done = step + 1
+        self.recent.append(loss)
+        self.bar.update()
+        at_epoch_end, at_end = done % self.steps_per_epoch == 0, done == self.total_steps
+        if step % self.log_every_steps == 0 or at_end:
+            self._record(done, now, gradient_norm, teacher)
+        best = (at_epoch_end or at_end) and self._end_of_epoch(done)
+        epoch = done // self.steps_per_epoch
+        minutes = (time.monotonic() - self.last_save) / 60
+        if (
+            at_end
+            or step == self.first_step  # a full or odd disk shows at once
+            or minutes >= self.checkpoint_every_minutes
+            or (at_epoch_end and (best or epoch % self.checkpoint_every_epochs == 0))
+            or self.stop.signum is not None
+        ):
+            self._save(done, best)
+        if self.stop.signum is not None:
+            raise Interrupted(self.stop.signum)
+
+    def _record(self, done: int, now: Values, gradient_norm: Tensor, teacher: Tensor) -> None:
+        images_per_second = self._look_at_losses(done)
+        entropy, entropy_of_mean = self.loss.entropies(teacher, now.teacher_temp)
+        relative = self.last_loss / math.log(self.loss.out_dim)
+        values = {
+            "loss": self.last_loss,
+            "loss_over_ln_k": relative,
+            "kl_over_ln_k": relative - entropy.item(),
+            "teacher_entropy": entropy.item(),
+            "teacher_entropy_of_mean": entropy_of_mean.item(),
+            "learning_rate": now.learning_rate,
+            "weight_decay": now.weight_decay,
+            "momentum": now.momentum,
+            "teacher_temp": now.teacher_temp,
+            "gradient_norm": gradient_norm.item(),
+            "images_per_second": images_per_second,
+        }
+        self.history.record_iteration(done, **values)
+        self.history.save(self.directory / "history.json")
+        self.loggers.log(values, done)
+        self.bar.set_postfix_str(
+            f"loss {self.last_loss:.3f} ({relative:.2f} ln K), lr {now.learning_rate:.1e}, {images_per_second:.0f} img/s"
+        )
+
+    def _look_at_losses(self, done: int) -> float:
+        """Fetches the losses since the last look; returns images per second since then."""
+        losses = torch.stack(self.recent).tolist()
+        for ago, value in enumerate(reversed(losses)):
+            if not math.isfinite(value):
+                raise NonFiniteLoss(
+                    f"the loss is {value} at step {done - ago}; the last good checkpoint is in {self.directory / 'checkpoints'}. "
+                    "Try a lower optimizer.lr, a longer warm-up, or precision=fp32, with another name=."
+                )
+        for value in losses:
+            self.metrics["epoch_loss"] += value
+        self.metrics["epoch_steps"] += len(losses)
+        self.recent.clear()
+        self.last_loss = losses[-1]
+        seconds = time.monotonic() - self.last_flush
+        self.metrics["training_seconds"] += seconds
+        self.last_flush = time.monotonic()
+        return len(losses) * self.effective_batch / seconds
+
+    def _end_of_epoch(self, done: int) -> bool:
+        """Evaluates where it is time, records the epoch; True where k-NN is the best so far."""
+        if self.recent:
+            self._look_at_losses(done)
+        epoch = math.ceil(done / self.steps_per_epoch)
+        measured: dict[str, float] = {}
+        if epoch % self.evaluate_every_epochs == 0 or done == self.total_steps:
+            measured = self.evaluate()
+        values = {"loss": self.metrics["epoch_loss"] / self.metrics["epoch_steps"], **measured}
+        values["training_seconds"] = self.metrics["training_seconds"]
+        self.metrics["epoch_loss"], self.metrics["epoch_steps"] = 0.0, 0
+        self.history.record_epoch(epoch, iteration=done, **values)
+        self.loggers.log({f"epoch/{name}": value for name, value in values.items()}, done)
+        shown = [f"epoch {epoch}", f"loss {values['loss']:.4f}"]
+        if "knn" in measured:
+            shown.append(f"k-NN {100 * measured['knn']:.1f} %")
+        log.info(", ".join(shown))
+        best = "knn" in measured and measured["knn"] > self.metrics["best_knn"]
+        if "knn" in measured:
+            self.metrics["last_knn"] = measured["knn"]
+            self.metrics["best_knn"] = max(self.metrics["best_knn"], measured["knn"])
+        if measured or done == self.total_steps:
+            self.history.save(self.directory / "history.json")
+            self.history.plot_all("iteration", self.directory / "plots")
+            self.history.plot_all("epoch", self.directory / "plots")
+        self.last_flush = time.monotonic()
+        return best
+
+    def _save(self, done: int, best: bool) -> None:
+        if self.recent:
+            self._look_at_losses(done)  # never save over a good checkpoint what is not finite
+        self.history.save(self.directory / "history.json")
+        self.checkpoint(done, self.metrics, best)
+        self.last_save = self.last_flush = time.monotonic()

@@ -1,0 +1,108 @@
+"""What this machine decides about a config: its devices, its memory, the files that it has."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dino.node import Problems, shown, value_at
+
+
+def check_machine(config: Mapping[str, Any], problems: Problems, parameters: int) -> None:
+    """Adds what can't run here. `parameters`: of backbone and head."""
+    from dino.device import usable_cores
+
+    device = _device(config, problems)
+    if device == "cpu" and value_at(config, "precision") == "fp16":
+        problems.add(
+            "precision", "precision=fp16: needs a GPU, and the run would be on the CPU; use auto, bf16 or fp32"
+        )
+    workers, cores = value_at(config, "training.num_workers"), usable_cores()
+    if "training.num_workers" not in problems and isinstance(workers, int) and workers > 16 * cores:
+        text = f"training.num_workers={workers}: far too many for {cores} cores; use auto, or at most {16 * cores}"
+        problems.add("training.num_workers", text)
+    if value_at(config, "compile") is True and not any(
+        map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))
+    ):
+        problems.add(
+            "compile", "compile=true: torch.compile needs a C++ compiler, and none is installed; use compile=false"
+        )
+    start = value_at(config, "init_from")
+    if "init_from" not in problems and start is not None and not _exists(start):
+        problems.add("init_from", f"init_from={shown(start)}: there is no such run directory or file")
+    _check_root(config, problems)
+    _check_memory(config, problems, parameters)
+
+
+def _device(config: Mapping[str, Any], problems: Problems) -> str:
+    """The kind of device that the run would take."""
+    import torch
+
+    kind, _, index = str(value_at(config, "device")).partition(":")
+    if "device" in problems or kind == "cpu":
+        return kind
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = torch.backends.mps.is_available()
+    if kind == "auto":
+        return "cuda" if found else "mps" if mps else "cpu"
+    if (kind == "mps" and not mps) or (kind == "cuda" and found <= int(index or 0)):
+        seen = f"{found} CUDA devices" if found else "no CUDA device" if kind == "cuda" else "no MPS"
+        problems.add(
+            "device", f"device={config['device']}: this machine has {seen} that torch can use; use device=auto or cpu"
+        )
+    return kind
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, no such user's home
+        return False
+
+
+def _check_root(config: Mapping[str, Any], problems: Problems) -> None:
+    dataset = config.get("dataset")
+    if not isinstance(dataset, Mapping) or "root" not in dataset:
+        return
+    root, fetches = dataset["root"], bool(value_at(config, "dataset.train.download"))
+    if not isinstance(root, str) or root in ("", "???"):
+        problems.add(
+            "dataset.root", f"dataset.root={shown(root)}: expected the folder of the images; give dataset.root=<folder>"
+        )
+    elif not _exists(root) and (Path(root).is_absolute() or not fetches or "\0" in root or len(root) > 4096):
+        problems.add(
+            "dataset.root", f"dataset.root={shown(root)}: there is no such folder; give the one that holds the images"
+        )
+    if "dataset.root" in problems:  # train and val read the same value: one sentence is enough
+        for key in ("dataset.train.root", "dataset.val.root"):
+            problems.pop(key, None)
+
+
+def _check_memory(config: Mapping[str, Any], problems: Problems, parameters: int) -> None:
+    """Only what cannot be: student, teacher, gradients and two moments, or one pass's views alone, above all memory."""
+    if not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 20 * parameters > memory and not problems.within("backbone") and not problems.within("head"):
+        text = f"backbone: {parameters:,} parameters with the head need {20 * parameters / 1e9:,.0f} GB to train"
+        problems.add("backbone", f"{text}, and this machine has {memory / 1e9:,.0f}; choose a smaller one")
+    keys = (
+        "training.batch_size",
+        "augmentation.global_size",
+        "augmentation.num_local_views",
+        "augmentation.local_size",
+    )
+    batch, side, views, local = (value_at(config, key) for key in keys)
+    if (
+        any(isinstance(v, bool) or not isinstance(v, int) for v in (batch, side, views, local))
+        or set(keys) & problems.keys()
+    ):
+        return
+    needed = 12 * batch * (2 * side**2 + views * local**2)
+    if needed > memory:
+        problems.add(
+            "training.batch_size",
+            f"training.batch_size={batch}: the views of one pass ({', '.join(f'{k}={shown(value_at(config, k))}' for k in keys[1:])}) "
+            f"would take {needed / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f}",
+        )

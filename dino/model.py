@@ -1,0 +1,92 @@
+"""Backbone and head as one network, and the teacher: an exponential moving average (EMA) of the student."""
+
+import copy
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class DinoModel(nn.Module):
+    """g = h(f(x)): a backbone (images to [B, D]) and a projection head ([B, D] to [B, K])."""
+
+    def __init__(self, backbone: nn.Module, projection_head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projection_head = projection_head
+
+    @overload
+    def forward(self, views: Tensor | Sequence[Tensor], return_backbone_features: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(
+        self, views: Tensor | Sequence[Tensor], return_backbone_features: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self,
+        views: Float[Tensor, "batch 3 height width"] | Sequence[Float[Tensor, "_ 3 _ _"]],
+        return_backbone_features: bool = False,
+    ) -> Float[Tensor, "samples outputs"] | tuple[Float[Tensor, "samples outputs"], Float[Tensor, "samples features"]]:
+        """Outputs of one view or of a list of views, in the order of the views: view 0's batch, view 1's, ...
+
+        A list costs one pass of the backbone for each *resolution* in it, wherever in the list its views stand, and
+        one pass of the head. So batch norm in the backbone sees the views of one resolution together, and in the
+        head all views together, as in the authors' MultiCropWrapper.
+        With return_backbone_features the answer is (outputs, features), features in the same order.
+        """
+        views = [views] if isinstance(views, Tensor) else list(views)
+        if not views:
+            raise ValueError("DinoModel: expected at least one view, got an empty list.")
+        of_size: dict[torch.Size, list[int]] = {}
+        for i, view in enumerate(views):
+            of_size.setdefault(view.shape[-2:], []).append(i)
+
+        features_of_view: list[Tensor] = [torch.empty(0)] * len(views)
+        for indices in of_size.values():
+            same_size = [views[i] for i in indices]
+            features = self.backbone(joined(same_size))
+            for i, part in zip(indices, features.split([len(view) for view in same_size]), strict=True):
+                features_of_view[i] = part
+        features = joined(features_of_view)
+        outputs: Tensor = self.projection_head(features)
+        return (outputs, features) if return_backbone_features else outputs
+
+
+def joined(tensors: list[Tensor]) -> Tensor:
+    """torch.cat along the batch, without the copy where there is nothing to join."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def make_teacher(student: DinoModel) -> DinoModel:
+    """A copy of the student as it is now, without gradients, in teacher_mode."""
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    teacher_mode(teacher)
+    return teacher
+
+
+def teacher_mode(teacher: nn.Module) -> None:
+    """Drop path and dropout off, batch norms in train mode: normalising by the batch and counting their statistics.
+
+    Call it again after anything that used the teacher in eval mode (an evaluation).
+    """
+    teacher.eval()
+    for module in teacher.modules():
+        if isinstance(module, _BatchNorm):
+            module.train()
+
+
+@torch.no_grad()
+def update_teacher_EMA(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
+    """teacher = momentum * teacher + (1 - momentum) * student, for every parameter, in place; once a step.
+
+    Parameters only. The buffers of batch norm are left alone: the teacher's statistics are its own, counted in its
+    own forward passes on the global views, as in the authors' code.
+    Raises ValueError for a momentum outside [0, 1].
+    """
+    if not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"update_teacher_EMA: momentum must be in [0, 1], got {momentum}. Check teacher.momentum.")
+    # lerp, since teacher + w * (student - teacher) leaves equal weights exactly equal (the fixed norms of the last
+    # layer), where m * teacher + (1 - m) * student would drift by rounding.
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)

@@ -1,0 +1,300 @@
+"""A node of the config, `{_target_: package.Class, key: value, ...}`: where it misfits its class, and the object it makes.
+
+Written against `inspect.signature` and the annotations, so that any importable class will do, ours or a third party's.
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+
+class Refused(ValueError):
+    """What the user asked for cannot be done. `problems`: sentences, the key first; the command prints them, one a line."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class Misfit(TypeError):
+    """A value that its annotation doesn't allow; the message says what was expected."""
+
+
+def is_node(value: Any) -> bool:
+    return isinstance(value, dict) and "_target_" in value
+
+
+def locate(name: Any) -> Callable[..., Any]:
+    """The class or function of that dotted name. Raises ImportError, in one sentence; errors inside its module are let through."""
+    parts = name.split(".") if isinstance(name, str) else []
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise ImportError("expected the dotted name of a class, such as torch.optim.AdamW")
+    for end in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:end])
+        try:
+            found: Any = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is not None and (module == error.name or module.startswith(error.name + ".")):
+                continue  # no module of this name; a shorter one may hold a class that holds the rest
+            raise ImportError(
+                f"{module} needs {error.name}, which is not installed; pip install {error.name}"
+            ) from error
+        for at, part in enumerate(parts[end:], start=end):
+            if not hasattr(found, part):
+                where = ".".join(parts[:at])
+                raise ImportError(f"{where} has no {part}{did_you_mean(part, dir(found))}")
+            found = getattr(found, part)
+        if not callable(found):
+            raise ImportError(f"expected a class or function, and {name} is neither")
+        return typing.cast(Callable[..., Any], found)
+    raise ImportError(f"there is no module {parts[0]}; is its package installed?")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" of the nearest known word, or nothing."""
+    close = difflib.get_close_matches(word, [name for name in known if isinstance(name, str)], n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def shown(value: Any) -> str:
+    """A value as one would write it in an override, cut where it is long."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def ended(text: str) -> str:
+    """`text` with a full stop, where it has no mark at its end."""
+    return text if text.endswith((".", "?", "!")) else text + "."
+
+
+def annotations(target: Callable[..., Any]) -> dict[str, Any]:
+    """Hints of a class's constructor or of a function; none where they can't be evaluated."""
+    try:
+        return typing.get_type_hints(target.__init__ if isinstance(target, type) else target, include_extras=True)  # type: ignore[misc]
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def misfits(path: str, node: Mapping[str, Any], late: Collection[str] = ()) -> Iterator[tuple[str, str]]:
+    """(key, sentence) of every name and type in `node` that its class doesn't take. `late`: arguments that the run gives."""
+    try:
+        target = locate(node["_target_"])
+        takes = inspect.signature(target).parameters
+    except (ImportError, ValueError, TypeError) as error:
+        yield f"{path}._target_", ended(f"{path}._target_={shown(node['_target_'])}: {error}")
+        return
+    name, hints = str(node["_target_"]).rpartition(".")[2], annotations(target)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    names = [k for k, p in takes.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    partial = node.get("_partial_", False)
+    if not isinstance(partial, bool):
+        yield f"{path}._partial_", f"{path}._partial_={shown(partial)}: expected true or false."
+    for key, value in node.items():
+        where = f"{path}.{key}"
+        if key in ("_target_", "_partial_"):
+            continue
+        if key in late:
+            yield where, f"{where}={shown(value)}: the run itself gives {name} its {key}; remove the key."
+        elif str(key).startswith("_") or (key not in names and not open_ended):
+            free = [k for k in names if k not in late]
+            hint = did_you_mean(str(key), free) or f"; it takes {', '.join(free) or 'nothing'}"
+            yield where, ended(f"{where}={shown(value)}: {name} takes no {key}{hint}")
+        elif value == "???":
+            yield where, f"{where}: no value yet; give one with {where}=..."
+        else:
+            try:
+                fitted(value, hints.get(key, Any))
+            except Misfit as misfit:
+                yield where, f"{where}={shown(value)}: expected {misfit}."
+    for key in names:
+        if (
+            takes[key].default is inspect.Parameter.empty
+            and key not in node
+            and key not in late
+            and partial is not True
+        ):
+            yield (
+                f"{path}.{key}",
+                f"{path}.{key}: missing, and {name} needs it; add it to the YAML or give {path}.{key}=...",
+            )
+
+
+def build(node: Any, **late: Any) -> Any:
+    """The object that `node` describes, nested ones first; lists become tuples and ints floats where so annotated.
+
+    `late`: arguments known only to the run. With `_partial_: true` and no late ones: a functools.partial that waits for them.
+    Whatever has no `_target_` comes back as it is, with the nodes inside it built. Raises Refused where a constructor
+    objects.
+    """
+    if isinstance(node, list | tuple):
+        return type(node)(build(item) for item in node)
+    if not isinstance(node, dict):
+        return node
+    if not is_node(node):
+        return {key: build(value) for key, value in node.items()}
+    name = str(node["_target_"]).rpartition(".")[2]
+    try:
+        target = locate(node["_target_"])
+        hints = annotations(target)
+        arguments = {
+            k: build(fitted(v, hints.get(k, Any))) for k, v in node.items() if k not in ("_target_", "_partial_")
+        }
+        if node.get("_partial_", False) and not late:
+            return functools.partial(target, **arguments)
+        return target(**arguments, **{k: _as_float(v, hints.get(k, Any)) for k, v in late.items()})
+    except Refused:
+        raise
+    except (ValueError, TypeError, OSError, ImportError, MemoryError, OverflowError) as error:
+        raise Refused(sentence(name, error)) from error
+    except RuntimeError as error:
+        if "allocate" in str(error):  # torch's words for a lack of memory
+            raise Refused(sentence(name, error)) from error
+        raise
+
+
+def sentence(name: str, error: BaseException) -> str:
+    """`Name: what the error says`, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.startswith(name) else f"{name}: {text}"
+
+
+def fitted(value: Any, hint: Any) -> Any:
+    """`value` as `hint` wants it: an int as float, a list as tuple, a str as Path. Raises Misfit: "a number", ..."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or isinstance(hint, typing.TypeVar | str) or is_node(value):
+        return value  # a nested node is checked as itself
+    if origin is typing.Annotated:
+        return fitted(value, arguments[0])
+    if isinstance(hint, typing.NewType):
+        return fitted(value, hint.__supertype__)
+    if origin is Literal:
+        if any(value == allowed and type(value) is type(allowed) for allowed in arguments):
+            return value
+    elif origin in (Union, types.UnionType):
+        for exact in (True, False):  # 1 for `float | int` stays an int
+            for option in arguments:
+                try:
+                    result = fitted(value, option)
+                except Misfit:
+                    continue
+                if not exact or type(result) is type(value):
+                    return result
+    elif hint is None or hint is types.NoneType:
+        if value is None:
+            return value
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and _finite(value):
+            return float(value)
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif hint is Path:
+        if isinstance(value, str | Path):
+            return Path(value)
+    elif hint is tuple or origin is tuple:
+        if isinstance(value, list | tuple):
+            inner = _of_each(arguments, len(value))
+            if inner is not None:
+                return tuple(_each(value, inner, hint))
+    elif _is_list_like(origin or hint):
+        if isinstance(value, list | tuple):
+            return _each(value, [arguments[0] if arguments else Any] * len(value), hint)
+    elif isinstance(origin or hint, type) and issubclass(origin or hint, Mapping):
+        if isinstance(value, dict):
+            of = arguments[1] if len(arguments) == 2 else Any
+            return dict(zip(value, _each(list(value.values()), [of] * len(value), hint), strict=True))
+    else:
+        try:
+            if isinstance(value, origin or hint):
+                return value
+        except TypeError:  # a Protocol, say, that can't be asked
+            return value
+    raise Misfit(described(hint))
+
+
+def described(hint: Any) -> str:
+    """What `hint` allows, in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    words = {
+        int: "a whole number",
+        float: "a finite number",
+        bool: "true or false",
+        str: "a text",
+        Path: "a path",
+        type(None): "null",
+    }
+    if hint in words or hint is None:
+        return words.get(hint, "null")
+    if origin is typing.Annotated:
+        return described(arguments[0])
+    if origin is Literal:
+        return " or ".join(shown(allowed) for allowed in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(described(option) for option in arguments if "Tensor" not in str(option)))
+    if hint is tuple or origin is tuple or _is_list_like(origin or hint):
+        fixed = origin is tuple and Ellipsis not in arguments
+        each = f", each {described(arguments[0])}" if arguments and arguments[0] is not Any else ""
+        return f"a list{f' of {len(arguments)}' if fixed else ''}{each}"
+    if isinstance(origin or hint, type) and issubclass(origin or hint, Mapping):
+        return "a dict"
+    return f"an object of {getattr(hint, '__name__', str(hint))} (a node with its _target_)"
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def _is_list_like(kind: Any) -> bool:
+    return (
+        isinstance(kind, type) and kind is not str and (kind in (list, set) or kind in (Sequence, Iterable, Collection))
+    )
+
+
+def _of_each(arguments: tuple[Any, ...], length: int) -> list[Any] | None:
+    """The hint of each of `length` elements of a tuple; None where it must be of another length."""
+    if not arguments:
+        return [Any] * length
+    if Ellipsis in arguments:
+        return [arguments[0]] * length
+    return list(arguments) if len(arguments) == length else None
+
+
+def _each(values: Sequence[Any], hints: list[Any], whole: Any) -> list[Any]:
+    try:
+        return [fitted(value, hint) for value, hint in zip(values, hints, strict=True)]
+    except Misfit:
+        raise Misfit(described(whole)) from None
+
+
+def _as_float(value: Any, hint: Any) -> Any:
+    """Late arguments are objects of the run, left alone; but a YAML `1` may be among them where a float is annotated."""
+    return fitted(value, hint) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class Problems(dict[str, str]):
+    """Sentences by key: the first that is said of a key stays."""
+
+    def add(self, key: str, text: str) -> None:
+        self.setdefault(key, ended(text))
+
+    def within(self, path: str) -> bool:
+        return any(key == path or key.startswith(path + ".") for key in self)
+
+
+def value_at(config: Any, path: str) -> Any:
+    """The value at a dotted key, None where there is none."""
+    for part in path.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config

@@ -1,0 +1,100 @@
+"""How a history is drawn: which metrics share a frame, their labels, and the lines that they are to be read against."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
+
+LABELS = {
+    "iteration": "step",
+    "knn": "k-NN accuracy",
+    "momentum": "teacher momentum",
+    "loss_over_ln_k": "loss / ln K",
+    "kl_over_ln_k": "KL(teacher, student)",
+    "teacher_entropy": "entropy of the teacher's outputs",
+    "teacher_entropy_of_mean": "entropy of their mean",
+    "teacher_temp": "teacher temperature",
+    "images_per_second": "images / s",
+}
+FIRST = ("knn", "loss", "learning_rate", "momentum")
+# Read together they show collapse: to uniform (both entropies at 1) or to one prototype (both at 0; Sec. 5.3).
+OVER_LN_K = ("teacher_entropy_of_mean", "teacher_entropy", "kl_over_ln_k")
+NOISY = {"loss", "gradient_norm", "images_per_second", *OVER_LN_K}
+# The loss over ln K is the right axis of the loss; the others are what metrics are drawn against, or a clock.
+NO_PANEL = {"loss_over_ln_k", "iteration", "epoch", "timestamp", "training_seconds"}
+
+
+def panels(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The metrics of each frame, in order of what one looks at first."""
+    shared = tuple(name for name in OVER_LN_K if name in names)
+    rest = [name for name in names if name not in NO_PANEL.union(FIRST, OVER_LN_K)]
+    return [
+        *((name,) for name in FIRST if name in names),
+        *([shared] if shared else []),
+        *((name,) for name in rest),
+    ]
+
+
+def draw(
+    frames: Sequence[tuple[str, ...]],
+    columns: Mapping[str, Sequence[Any]],
+    x: str,
+    baselines: Mapping[str, float],
+    ln_k: float | None,
+) -> "matplotlib.figure.Figure":
+    """`columns` holds every metric named in `frames`, and `x`; NaN is a gap. `baselines` are accuracies in [0, 1]."""
+    from matplotlib.figure import Figure  # not pyplot: its global state belongs to the caller
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator
+
+    wide = min(len(frames), 3)
+    high = math.ceil(len(frames) / wide)
+    figure = Figure(figsize=(5.6 * wide, 3.6 * high), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))  # inches
+    for index, names in enumerate(frames, start=1):
+        axes = figure.add_subplot(high, wide, index)
+        axes.set_xlabel(_label(x))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))  # no epoch 1.5
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.02)
+        for color, name in enumerate(names):
+            _curve(axes, np.array(columns[x], dtype=float), np.array(columns[name], dtype=float), name, f"C{color}")
+        axes.set_ylabel(_label(names[0]) if len(names) == 1 else "over ln K" if set(names) <= set(OVER_LN_K) else "")
+        if names == ("knn",):
+            _against_baselines(axes, baselines)
+        if names == ("loss",) and ln_k is not None:
+            _against_ln_k(axes, ln_k)
+        if len(axes.get_lines()) > 1:
+            axes.legend(framealpha=0.8, edgecolor="none", fontsize="small")
+    return figure
+
+
+def _curve(axes: "matplotlib.axes.Axes", x: Any, y: Any, name: str, color: str) -> None:
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    label, window = _label(name), len(y) // 50
+    if name in NOISY and window > 1:
+        axes.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
+        y = np.convolve(y, np.full(window, 1 / window), mode="valid")
+        x, label = x[window - 1 :], f"{label} (mean of {window})"
+    axes.plot(x, y, color=color, marker="o" if len(y) <= 40 else "", markersize=3.5, label=label)
+
+
+def _against_baselines(axes: "matplotlib.axes.Axes", baselines: Mapping[str, float]) -> None:
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    for color, (name, value) in enumerate(baselines.items(), start=1):
+        axes.axhline(value, color=f"C{color}", linestyle="--", linewidth=1.2, label=f"{_label(name)}: {value:.1%}")
+
+
+def _against_ln_k(axes: "matplotlib.axes.Axes", ln_k: float) -> None:
+    axes.axhline(ln_k, color="0.4", linestyle="--", linewidth=1.2, label=f"ln K = {ln_k:.2f}: uniform output")
+    right = axes.secondary_yaxis("right", functions=(lambda y: np.divide(y, ln_k), lambda y: np.multiply(y, ln_k)))
+    right.set_ylabel(_label("loss_over_ln_k"))
+
+
+def _label(name: str) -> str:
+    return LABELS.get(name, name.replace("_", " "))

@@ -1,0 +1,170 @@
+"""From a checked config to the objects of a run."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dino.augmentation import DINOTransform
+from dino.batches import Steps, accumulation_for, steps_of
+from dino.checkpoint import load_teacher
+from dino.device import autocast_for, choose_device, choose_precision, describe, usable_cores
+from dino.loss import DinoLoss
+from dino.model import DinoModel, make_teacher
+from dino.node import Refused, build
+from dino.optimizer import parameter_groups
+from dino.scheduler import Schedule
+
+SAVED = ("student", "teacher", "loss", "optimizer", "scaler")
+
+
+@dataclass
+class Run:
+    """All that one configuration is made of. What learns or is averaged (SAVED) goes into checkpoints."""
+
+    device: torch.device
+    precision: str
+    autocast: Callable[[], AbstractContextManager[Any]]
+    num_workers: int
+    train_set: Any
+    val_set: Any
+    transform: DINOTransform
+    batch_size: int
+    accumulation: int
+    steps_per_epoch: int
+    total_steps: int
+    student: DinoModel
+    teacher: DinoModel
+    loss: DinoLoss
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedule: Schedule
+    evaluator: Any
+    seed: int
+
+    @property
+    def effective_batch(self) -> int:
+        """Images to one update."""
+        return self.batch_size * self.accumulation
+
+    def steps(self, start: int) -> Steps:
+        """The rest of the run from step `start` on."""
+        return Steps(
+            self.train_set,
+            self.transform,
+            self.batch_size,
+            self.accumulation,
+            self.seed,
+            start,
+            self.total_steps,
+            self.device,
+            self.num_workers,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name).state_dict() for name in SAVED}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in SAVED:
+            getattr(self, name).load_state_dict(state[name])
+
+    def evaluate(self) -> dict[str, float]:
+        """The teacher's backbone by the evaluator; {} where there is nothing to measure."""
+        return self._measured(self.evaluator)
+
+    def baselines(self) -> dict[str, float]:
+        return self._measured(self.evaluator.baselines)
+
+    def _measured(self, measure: Callable[..., dict[str, float]]) -> dict[str, float]:
+        return measure(
+            self.teacher.backbone,
+            self.train_set,
+            self.val_set,
+            device=self.device,
+            autocast=self.autocast,
+            num_workers=self.num_workers,
+        )
+
+    def __str__(self) -> str:
+        classes = self.train_set.classes
+        labels = "unlabelled: no k-NN" if classes is None else f"{len(classes)} classes"
+        backbone = self.student.backbone
+        parts = (_millions(backbone), _millions(self.student.projection_head))
+        return "\n".join(
+            [
+                f"backbone   {type(backbone).__name__}, {parts[0]} parameters; head {parts[1]}, {self.loss.out_dim} prototypes",
+                f"data       {len(self.train_set):,} images, {labels}; {len(self.val_set):,} to validate",
+                f"steps      {self.total_steps:,} ({self.steps_per_epoch:,} an epoch), effective batch {self.effective_batch} "
+                f"= {self.batch_size} images x {self.accumulation} accumulated x 1 process",
+                f"device     {describe(self.device)}, {self.precision}, {self.num_workers} workers",
+            ]
+        )
+
+
+def assemble(config: dict[str, Any]) -> Run:
+    """Builds every part, on its device. Raises Refused, in sentences, where one can't be had."""
+    training = config["training"]
+    device = choose_device(config["device"])
+    precision = choose_precision(config["precision"], device)
+    workers = training["num_workers"]
+
+    train_set, val_set = build(config["dataset"]["train"]), build(config["dataset"]["val"])
+    accumulation = accumulation_for(
+        training["batch_size"], training["gradient_accumulation_steps"], training["effective_batch"]
+    )
+    effective_batch = training["batch_size"] * accumulation
+    steps_per_epoch, total_steps = steps_of(len(train_set), effective_batch, training["epochs"], training["max_steps"])
+    transform = build(config["augmentation"])
+
+    torch.manual_seed(config["seed"])
+    backbone = build(config["backbone"])
+    student = DinoModel(backbone, build(config["head"], input_dim=backbone.output_dim))
+    if config["init_from"] is not None:
+        _initialise(student, config["init_from"])
+    student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build(config["optimizer"], params=parameter_groups(student, student.projection_head.last_layer))
+    schedule = build(
+        config["scheduler"],
+        epochs=training["epochs"],
+        steps_per_epoch=steps_per_epoch,
+        effective_batch=effective_batch,
+        lr=config["optimizer"]["lr"],
+        weight_decay=config["optimizer"]["weight_decay"],
+        freeze_last_layer_epochs=training["freeze_last_layer_epochs"],
+        **config["teacher"],
+    )
+    return Run(
+        device=device,
+        precision=precision,
+        autocast=autocast_for(device, precision),
+        num_workers=min(8, usable_cores()) if workers == "auto" else workers,
+        train_set=train_set,
+        val_set=val_set,
+        transform=transform,
+        batch_size=training["batch_size"],
+        accumulation=accumulation,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        student=student,
+        teacher=make_teacher(student),
+        loss=build(config["loss"], ncrops=transform.ncrops, n_global_crops=transform.n_global_crops).to(device),
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        schedule=schedule,
+        evaluator=build(config["evaluator"]),
+        seed=config["seed"],
+    )
+
+
+def _initialise(student: DinoModel, source: str) -> None:
+    try:
+        student.load_state_dict(load_teacher(source).state_dict())
+    except (RuntimeError, ValueError, FileNotFoundError) as error:
+        words = " ".join(str(error).split())
+        raise Refused(f"init_from={source}: {words[:300]}; give a run of the same backbone and head.") from error
+
+
+def _millions(module: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"

@@ -1,0 +1,81 @@
+"""A run's directory: one process at a time, one configuration for ever."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+# Keys that change no result: a run may be resumed with other values of these.
+FREE = (
+    "name",
+    "device",
+    "logger",
+    "log_every_steps",
+    "evaluate_every_epochs",
+    "checkpoint",
+    "training.num_workers",
+    "evaluator.batch_size",
+)
+
+
+def lock(directory: Path) -> IO[str]:
+    """Holds `directory` for this process until the returned file is closed or the process ends, however it ends.
+
+    Raises ValueError where another process holds it, naming its host and pid.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = open(directory / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(
+            f"{directory} is in use by {holder}; wait for it, stop it, or give this run another name=."
+        ) from None
+    file.truncate(0)
+    file.write(f"{socket.gethostname()} pid {os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def claim(directory: Path, config: dict[str, Any]) -> None:
+    """Writes config.yaml where there is none; else compares. Raises ValueError, listing the keys that differ."""
+    path = directory / "config.yaml"
+    if path.exists():
+        try:
+            before = yaml.safe_load(path.read_text())
+        except yaml.YAMLError:
+            before = None
+        if not isinstance(before, dict):
+            raise ValueError(f"{path} cannot be read as YAML; mend it or move the directory away.")
+        if differing := differences(before, config):
+            listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in differing)
+            raise ValueError(
+                f"{directory} holds a run of other settings ({listed}); set them back, or give another name=."
+            )
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    os.replace(temporary, path)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value before, value now) of every setting that differs, but for those that change no result."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    return [
+        (key, old.get(key, "unset"), new.get(key, "unset"))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, "unset") != new.get(key, "unset") and not any(key == f or key.startswith(f + ".") for f in FREE)
+    ]
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in node.items():
+        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(prefix + key, value)]
+    return pairs

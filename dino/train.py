@@ -1,0 +1,208 @@
+"""Trains DINO: `python -m dino.train [group=option ...] [key=value ...]`; the same command again resumes."""
+
+import contextlib
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dino.config import command
+from dino.loss import DinoLoss
+from dino.model import DinoModel, update_teacher_EMA
+from dino.optimizer import clip_gradients
+from dino.scheduler import Schedule
+
+log = logging.getLogger("dino.train")  # not __name__: that is __main__ under `python -m`
+
+
+def train(
+    student: DinoModel,
+    teacher: DinoModel,
+    loss: DinoLoss,
+    steps: Iterable[tuple[int, Iterator[list[Tensor]]]],
+    optimizer: Optimizer,
+    schedule: Schedule,
+    *,
+    accumulation: int = 1,
+    max_norm: float = math.inf,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    scaler: torch.amp.GradScaler | None = None,
+    after_step: Callable[..., None] = lambda *_: None,
+) -> None:
+    """Algorithm 1 of the paper (arXiv 2104.14294); `steps` yields (step, its parts, each a list of views)."""
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    for step, parts in steps:
+        now = schedule(step)  # every scheduled value, from the step alone
+        now.apply(optimizer)
+        total, teacher_means = torch.zeros((), device=loss.center.device), []
+        for views in parts:  # one, unless accumulating
+            with autocast():
+                with torch.no_grad():
+                    teacher_out = teacher(views[: loss.n_global_crops])  # t1, t2
+                student_out = student(views)  # s1, s2 and the local views
+            value = loss(student_out, teacher_out, now.teacher_temp) / accumulation
+            scaler.scale(value).backward()
+            total += value.detach()
+            teacher_means.append(teacher_out.float().mean(dim=0))
+        scaler.unscale_(optimizer)
+        gradient_norm = clip_gradients(student.parameters(), max_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        update_teacher_EMA(student, teacher, now.momentum)
+        loss.update_center(torch.stack(teacher_means))  # C, once a step and last
+        after_step(step, now, total, gradient_norm, teacher_out)
+
+
+def run(config: dict[str, Any], directory: Path) -> float:
+    """Trains what `config` says in `directory`, going on from what that holds; the last k-NN accuracy, NaN without one."""
+    from dino.checkpoint import load_checkpoint
+    from dino.journal import StopSignal
+    from dino.run_directory import claim, lock
+
+    with lock(directory), StopSignal() as stop:
+        claim(directory, config)
+        with _log_to(directory / "train.log"):
+            state = load_checkpoint(directory)
+            if state is not None and state["iteration"] >= state["total_steps"]:
+                log.info("%s is finished; change a setting, or give another name=, to train anew", directory)
+                return float(state["metrics"]["last_knn"])
+            return _go_on(config, directory, state, stop)
+
+
+def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None, stop: Any) -> float:
+    from dino.checkpoint import rng_state, save_checkpoint, save_teacher, set_rng_state
+    from dino.history import History
+    from dino.journal import Journal
+    from dino.logger import Loggers
+    from dino.node import build
+    from dino.run import assemble
+
+    started = time.monotonic()
+    run = assemble(config)
+    log.info("%s\ndirectory  %s", run, directory)
+    loggers = Loggers(list(build(config["logger"] or {}).values()))
+    if state is None:
+        history, start = History(config), 0
+        history.metadata["baselines"] = run.baselines()
+    else:
+        history, start = History.resume(directory / "history.json", state["history"], config), state["iteration"]
+        run.load_state_dict(state)
+        log.info("resumed at step %d", start)
+    if baselines := history.metadata["baselines"]:
+        log.info("k-NN to beat: raw pixels %.1f %%, untrained backbone %.1f %%", *(100 * a for a in baselines.values()))
+    loggers.start(directory, config, state and state["wandb_run_id"])
+
+    def checkpoint(iteration: int, metrics: dict[str, Any], best: bool) -> None:
+        content = run.state_dict() | {
+            "iteration": iteration,
+            "epoch": iteration // run.steps_per_epoch,
+            "total_steps": run.total_steps,
+            "rng": rng_state(),
+            "config": config,
+            "metrics": metrics,
+            "history": history.state_dict(),
+            "wandb_run_id": loggers.run_id,
+        }
+        save_checkpoint(directory, content, config["checkpoint"]["keep"], best)
+        size, mean, std = config["dataset"]["eval_size"], run.transform.mean, run.transform.std
+        save_teacher(directory, run.teacher, config, {"size": size, "mean": mean, "std": std})
+
+    journal = Journal(
+        directory=directory,
+        history=history,
+        loggers=loggers,
+        loss=run.loss,
+        evaluate=run.evaluate,
+        checkpoint=checkpoint,
+        stop=stop,
+        start=start,
+        total_steps=run.total_steps,
+        steps_per_epoch=run.steps_per_epoch,
+        effective_batch=run.effective_batch,
+        log_every_steps=config["log_every_steps"],
+        evaluate_every_epochs=config["evaluate_every_epochs"],
+        checkpoint_every_epochs=config["checkpoint"]["every_epochs"],
+        checkpoint_every_minutes=config["checkpoint"]["every_minutes"],
+        metrics=state and state["metrics"],
+    )
+    if config["compile"]:
+        run.student.compile()
+        run.teacher.compile()
+    if state is not None:
+        set_rng_state(state["rng"])
+    try:
+        train(
+            run.student,
+            run.teacher,
+            run.loss,
+            run.steps(start),
+            run.optimizer,
+            run.schedule,
+            accumulation=run.accumulation,
+            max_norm=config["training"]["gradient_clip"] or math.inf,
+            autocast=run.autocast,
+            scaler=run.scaler,
+            after_step=journal,
+        )
+    finally:
+        journal.close()
+        loggers.finish()
+    log.info(
+        "done in %.0f s: teacher in %s, plots in %s",
+        time.monotonic() - started,
+        directory / "teacher.safetensors",
+        directory / "plots",
+    )
+    return float(journal.metrics["last_knn"])
+
+
+@contextlib.contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """What the package says goes to the terminal, around the bar, and with UTC times to `path`."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    package = logging.getLogger("dino")
+    terminal, file = logging.StreamHandler(sys.stderr), logging.FileHandler(path)
+    formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    file.setFormatter(formatter)
+    before = package.level, package.propagate
+    package.setLevel(logging.INFO)
+    package.propagate = False
+    for handler in (terminal, file):
+        package.addHandler(handler)
+    try:
+        with logging_redirect_tqdm([package]):
+            yield
+    finally:
+        package.level, package.propagate = before
+        for handler in (terminal, file):
+            package.removeHandler(handler)
+        file.close()
+
+
+@command("train")
+def main(config: dict[str, Any], directory: Path) -> float:
+    from dino.journal import Interrupted, NonFiniteLoss
+
+    try:
+        return run(config, directory)
+    except Interrupted as stopped:
+        print(f"{stopped}; the same command resumes", file=sys.stderr)
+        sys.exit(128 + stopped.signum)
+    except NonFiniteLoss as error:
+        print(error, file=sys.stderr)
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()

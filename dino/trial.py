@@ -1,0 +1,268 @@
+"""Makes each cheap part of a config once, without weights, so that the constructors' own rules speak at the door."""
+
+import contextlib
+import inspect
+import os
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dino.node import (
+    Misfit,
+    Problems,
+    annotations,
+    build,
+    fitted,
+    is_node,
+    locate,
+    sentence,
+    shown,
+    value_at,
+)
+
+# Arguments that the run gives to a part, with the key that each comes from and a value to try where that key is wrong.
+LATE: dict[str, dict[str, tuple[str, Any]]] = {
+    "head": {"input_dim": ("backbone", 8)},
+    "loss": {"ncrops": ("augmentation.num_local_views", 8), "n_global_crops": ("augmentation", 2)},
+    "optimizer": {"params": ("optimizer", None)},
+    "scheduler": {
+        "epochs": ("training.epochs", 1000),
+        "steps_per_epoch": ("training.epochs", 1),
+        "effective_batch": ("training.effective_batch", 256),
+        "lr": ("optimizer.lr", 1.0),
+        "weight_decay": ("optimizer.weight_decay", 0.04),
+        "momentum": ("teacher.momentum", 0.99),
+        "final_momentum": ("teacher.final_momentum", 1.0),
+        "temp": ("teacher.temp", 0.04),
+        "warmup_temp": ("teacher.warmup_temp", 0.04),
+        "warmup_temp_epochs": ("teacher.warmup_temp_epochs", 0.0),
+        "freeze_last_layer_epochs": ("training.freeze_last_layer_epochs", 0.0),
+    },
+}
+
+
+def processes() -> int:
+    count = os.environ.get("WORLD_SIZE", "1")  # torchrun's
+    return int(count) if count.isdecimal() and int(count) > 0 else 1
+
+
+BUGS = (NameError, AttributeError, SyntaxError)  # a mistake in a class, not in its values: its traceback is what helps
+TENSORS, PARAMETERS = 100_000, 10**11  # more than any model that this is for; stops depth=1000000000 within a second
+
+
+@contextlib.contextmanager
+def _weightless() -> Iterator[dict[str, int]]:
+    """Modules made inside have shapes and no memory; yields the running count of their parameters."""
+    import torch
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    count = {"tensors": 0, "parameters": 0}
+
+    def registered(module: Any, name: str, parameter: Any) -> None:
+        count["tensors"] += 1
+        count["parameters"] += parameter.numel() if parameter is not None else 0
+        if count["tensors"] > TENSORS or count["parameters"] > PARAMETERS:
+            raise ValueError(
+                f"this would have more than {TENSORS:,} tensors or {PARAMETERS:,} parameters; make it smaller"
+            )
+
+    handle = register_module_parameter_registration_hook(registered)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            yield count
+    finally:
+        handle.remove()
+
+
+def try_parts(config: Mapping[str, Any], problems: Problems) -> int:
+    """Makes each cheap part once; returns the parameters of backbone and head. Datasets are not cheap: they speak at the start."""
+    augmentation = _attempt("augmentation", config, problems)
+    sizes = {key: value_at(config, f"augmentation.{key}") for key in ("global_size", "local_size")}
+    with _weightless() as count:
+        backbone = _attempt(
+            "backbone", config, problems, drop=("pretrained",), after=lambda made: _forward(made, sizes, problems)
+        )
+        output_dim = getattr(backbone, "output_dim", None)
+        _attempt("head", config, problems, {"input_dim": output_dim})
+    crops = {
+        "ncrops": getattr(augmentation, "ncrops", None),
+        "n_global_crops": getattr(augmentation, "n_global_crops", None),
+    }
+    with _weightless():
+        _attempt("loss", config, problems, crops)
+    _attempt(
+        "optimizer", config, problems, after=lambda optimizer: optimizer.step(), fresh={"params": _dummy_parameters}
+    )
+    late = {name: value_at(config, path) for name, (path, _) in LATE["scheduler"].items() if path not in problems}
+    batch = value_at(config, "training.batch_size"), value_at(config, "training.gradient_accumulation_steps")
+    late["effective_batch"] = late.get("effective_batch")
+    if late["effective_batch"] is None and not problems.within("training"):
+        late["effective_batch"] = batch[0] * batch[1] * processes()
+    _attempt("scheduler", config, problems, late | {"steps_per_epoch": 1})
+    _attempt("evaluator", config, problems)
+    for name in config["logger"] if isinstance(config.get("logger"), Mapping) else ():
+        _attempt(f"logger.{name}", config, problems)
+    return count["parameters"]
+
+
+def _dummy_parameters() -> list[dict[str, Any]]:
+    """Groups as dino.optimizer.parameter_groups makes them, of one matrix and one bias."""
+    import torch
+
+    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,))]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    return [{"params": [weight], "decay": weight.ndim > 1, "last_layer": False} for weight in weights]
+
+
+def _forward(backbone: Any, sizes: dict[str, Any], problems: Problems) -> None:
+    """Two images of each size through the weightless backbone: shapes that don't fit show here."""
+    import torch
+
+    for key, size in sizes.items():
+        if isinstance(size, int) and 0 < size < 100_000 and not problems.within(f"augmentation.{key}"):
+            with torch.no_grad():
+                try:
+                    shape = tuple(backbone(torch.zeros(2, 3, size, size)).shape)
+                except (RuntimeError, ValueError) as error:
+                    if not _needs_weights(error):
+                        problems.add(
+                            f"augmentation.{key}",
+                            f"augmentation.{key}={size}: the backbone takes no such images: {error}",
+                        )
+                    continue
+            if shape != (2, backbone.output_dim):
+                raise ValueError(
+                    f"expected features [2, output_dim={backbone.output_dim}] of 2 images, got {list(shape)}"
+                )
+
+
+def _attempt(
+    path: str,
+    config: Mapping[str, Any],
+    problems: Problems,
+    late: Mapping[str, Any] = {},
+    *,
+    drop: tuple[str, ...] = (),
+    fresh: Mapping[str, Callable[[], Any]] = {},
+    after: Callable[[Any], Any] = lambda made: None,
+) -> Any:
+    """Makes the part at `path`; what its constructor objects to becomes problems, each with the key to blame.
+
+    A key that is wrong already, or blamed here, is tried with its default instead, so that the next wrong one is found too.
+    Returns the part, or None where even so it can't be made.
+    """
+    node = value_at(config, path)
+    if not is_node(node) or f"{path}._target_" in problems or f"{path}._partial_" in problems:
+        return None
+    target = locate(node["_target_"])
+    name = str(node["_target_"]).rpartition(".")[2]
+    takes, hints, sources = inspect.signature(target).parameters, annotations(target), LATE.get(path, {})
+    origin = {key: f"{path}.{key}" for key in node if key not in ("_target_", "_partial_")}
+    origin |= {key: source for key, (source, _) in sources.items()}
+    given = {key: node[key] for key in origin if key in node and key not in sources and key not in drop}
+    given |= {key: standin if late.get(key) is None else late[key] for key, (_, standin) in sources.items()}
+    given = {
+        key: value
+        for key, value in given.items()
+        if key in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    }
+
+    def without(key: str) -> dict[str, Any] | None:
+        """The arguments with the default of `key`, or the stand-in for it; None where it has none."""
+        if key in sources:
+            return given | {key: sources[key][1]}
+        parameter = takes.get(key)
+        if parameter is not None and parameter.default is parameter.empty:
+            return None
+        return {k: v for k, v in given.items() if k != key}
+
+    def make(arguments: Mapping[str, Any]) -> Any:
+        made = target(
+            **{k: fresh[k]() if k in fresh else build(_fit(v, hints.get(k, Any))) for k, v in arguments.items()}
+        )
+        after(made)
+        return made
+
+    def error_of(arguments: Mapping[str, Any]) -> Exception | None:
+        try:
+            make(arguments)
+        except BUGS:
+            raise
+        except Exception as error:
+            return None if _needs_weights(error) else error
+        return None
+
+    for key in [key for key in given if origin[key] in problems]:
+        rest = without(key)
+        if rest is None:
+            return None
+        given = rest
+    if any(
+        p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and k not in given
+        for k, p in takes.items()
+    ):
+        return None  # misfits has said what is missing
+    while (error := error_of(given)) is not None:
+        key = _to_blame(error, name, given, without, error_of)
+        if key is None:
+            problems.add(path, f"{path}: {_words(error, name)}")
+            return None
+        value = "" if key in sources and late.get(key) is None else f"={shown(given[key])}"
+        problems.add(origin[key], f"{origin[key]}{value}: {_words(error, name)}")
+        rest = without(key)
+        if rest is None or rest == given:
+            return None
+        given = rest
+    with contextlib.suppress(Exception):  # not an error of values, or error_of would have seen it: it needs weights
+        return make(given)
+    return None
+
+
+def _to_blame(
+    error: Exception,
+    name: str,
+    given: Mapping[str, Any],
+    without: Callable[[str], dict[str, Any] | None],
+    error_of: Callable[[Mapping[str, Any]], Exception | None],
+) -> str | None:
+    """The key whose default makes the error go away, or give way to another; else the one that the message begins with."""
+    gives_way = None
+    for key in given:
+        rest = without(key)
+        if rest is None or rest == given:
+            continue
+        other = error_of(rest)
+        if other is None:
+            return key
+        if gives_way is None and _form(other) != _form(error):
+            gives_way = key
+    first = re.match(rf"(?:{re.escape(name)}: )?(\w+)", str(error))
+    return gives_way or (first[1] if first and first[1] in given else None)
+
+
+def _form(error: Exception) -> str:
+    """The message without its numbers."""
+    return re.sub(r"[-+\d.]+(e[-+]?\d+)?", "#", f"{type(error).__name__} {error}")
+
+
+def _words(error: Exception, name: str) -> str:
+    said = sentence(name, error)
+    if isinstance(error, ValueError | TypeError | OSError | ImportError):
+        return said
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{said} ({type(error).__name__} in {Path(where.filename).name}, line {where.lineno})"
+
+
+def _needs_weights(error: Exception) -> bool:
+    """Torch's complaint of an operation that a tensor without memory can't do: nothing is known then."""
+    return isinstance(error, RuntimeError) and "meta" in str(error).lower()
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    try:
+        return fitted(value, hint)
+    except Misfit:
+        return value

@@ -1,0 +1,152 @@
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dino.backbone.vit_tiny import ViTTiny
+from dino.checkpoint import (
+    load_checkpoint,
+    load_teacher,
+    rng_state,
+    save_checkpoint,
+    save_teacher,
+    set_rng_state,
+)
+from dino.head import DinoProjectionHead
+from dino.model import DinoModel
+
+
+def state(iteration):
+    return {"iteration": iteration, "weights": torch.full((3,), float(iteration)), "config": {"seed": 0, "x": None}}
+
+
+def test_what_was_saved_comes_back_with_a_utc_timestamp(tmp_path):
+    save_checkpoint(tmp_path, state(7))
+    loaded = load_checkpoint(tmp_path)
+    assert loaded["iteration"] == 7
+    assert torch.equal(loaded["weights"], torch.full((3,), 7.0))
+    assert loaded["config"] == {"seed": 0, "x": None}
+    assert loaded["timestamp"].endswith("+00:00")
+
+
+def test_a_new_directory_holds_none(tmp_path):
+    assert load_checkpoint(tmp_path) is None
+
+
+def test_the_newest_are_kept_and_the_best_beside_them(tmp_path):
+    for iteration in range(1, 6):
+        save_checkpoint(tmp_path, state(iteration), keep=2, best=iteration == 2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["best.pt", "step_000000004.pt", "step_000000005.pt"]
+    assert torch.load(tmp_path / "checkpoints" / "best.pt", weights_only=True)["iteration"] == 2
+    assert load_checkpoint(tmp_path)["iteration"] == 5
+
+
+@pytest.mark.parametrize("damage", ["truncated", "zeroed", "text", "empty"])
+def test_a_broken_newest_gives_way_to_the_one_before_saying_so(tmp_path, caplog, damage):
+    save_checkpoint(tmp_path, state(1))
+    newest = save_checkpoint(tmp_path, state(2))
+    whole = newest.read_bytes()
+    newest.write_bytes(
+        {"truncated": whole[: len(whole) // 2], "zeroed": bytes(len(whole)), "text": b"hello", "empty": b""}[damage]
+    )
+    assert load_checkpoint(tmp_path)["iteration"] == 1
+    assert "step_000000002.pt cannot be read" in caplog.text
+
+
+def test_when_all_are_broken_a_fresh_start_is_refused(tmp_path):
+    for iteration in (1, 2):
+        save_checkpoint(tmp_path, state(iteration)).write_bytes(b"broken")
+    with pytest.raises(ValueError, match="none of the 2 checkpoints in .* can be read; restore one"):
+        load_checkpoint(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"iteration": 1, "bomb": Bomb()}, tmp_path / "checkpoints" / "step_000000001.pt")
+    with pytest.raises(ValueError, match="can be read"):
+        load_checkpoint(tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_save_that_fails_leaves_the_last_good_one_and_no_half_file(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, state(1))
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path, state(2))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000000001.pt"]
+
+
+def test_every_random_generator_goes_on_where_it_was():
+    def draw():
+        return random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist(), torch.randn(3).tolist()
+
+    np.random.randn()  # leaves a cached second normal behind, which must come back too
+    saved = rng_state()
+    first = draw()
+    assert draw() != first
+    set_rng_state(saved)
+    assert draw() == first
+
+
+def test_the_state_of_the_generators_passes_through_a_file_without_code(tmp_path):
+    saved = rng_state()
+    expected = random.random(), np.random.rand(), torch.rand(2).tolist()
+    save_checkpoint(tmp_path, {"iteration": 0, "rng": saved})
+    set_rng_state(load_checkpoint(tmp_path)["rng"])
+    assert (random.random(), np.random.rand(), torch.rand(2).tolist()) == expected
+
+
+CONFIG = {
+    "backbone": {"_target_": "dino.backbone.vit_tiny.ViTTiny", "hidden_dim": 16, "depth": 1, "heads": 2},
+    "head": {"_target_": "dino.head.DinoProjectionHead", "_partial_": True, "hidden_dim": 8, "output_dim": 12},
+}
+
+
+def teacher():
+    torch.manual_seed(3)
+    return DinoModel(
+        ViTTiny(hidden_dim=16, depth=1, heads=2), DinoProjectionHead(16, hidden_dim=8, output_dim=12)
+    ).eval()
+
+
+def test_a_teacher_file_rebuilds_the_model_and_says_how_to_prepare_images(tmp_path):
+    saved = teacher()
+    save_teacher(tmp_path, saved, CONFIG, {"size": 64, "mean": (0.5, 0.4, 0.3), "std": (1.0, 1.0, 1.0)})
+    images = torch.randn(2, 3, 64, 64)
+    for source in (tmp_path, tmp_path / "teacher.safetensors", str(tmp_path)):
+        loaded = load_teacher(source)
+        assert not loaded.training
+        assert torch.equal(loaded(images), saved(images))
+    assert loaded.preprocessing == {"size": 64, "mean": [0.5, 0.4, 0.3], "std": [1.0, 1.0, 1.0]}
+
+
+def test_anyone_can_read_a_teacher_file_with_safetensors_alone(tmp_path):
+    save_teacher(tmp_path, teacher(), CONFIG, {"size": 64})
+    weights = load_file(tmp_path / "teacher.safetensors")
+    assert torch.equal(weights["backbone.cls_token"], teacher().backbone.cls_token)
+    with safe_open(tmp_path / "teacher.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["backbone"]) == CONFIG["backbone"]
+
+
+def test_what_is_no_teacher_file_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected a run's directory or its teacher.safetensors"):
+        load_teacher(tmp_path)
+    (tmp_path / "teacher.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="cannot be read as a teacher.safetensors"):
+        load_teacher(tmp_path)

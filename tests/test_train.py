@@ -1,0 +1,414 @@
+"""The whole thing: the loop against the paper, and the program as a user runs it."""
+
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+from dino import DinoLoss, DinoModel, DinoProjectionHead, DINOTransform, Schedule, Steps, make_teacher, parameter_groups
+from dino.backbone.vit import ViT
+from dino.config import compose
+from dino.dataset.textures import Textures
+from dino.history import History
+from dino.train import run, train
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+DATA = Path(os.environ.get("DINO_TEST_DATA", ROOT.parent / "shared" / "data"))
+TINY = [  # seconds on two cores
+    "dataset.train.images=96",
+    "dataset.val.images=40",
+    "backbone.hidden_dim=32",
+    "backbone.depth=1",
+    "head.hidden_dim=32",
+    "head.bottleneck_dim=16",
+    "dataset.out_dim=64",
+    "augmentation.num_local_views=2",
+    "training.batch_size=8",
+    "device=cpu",
+]
+
+
+def program(*overrides, cwd, **options):
+    """`python -m dino.train ...` as a user starts it, with outputs/ below cwd."""
+    command = [sys.executable, "-m", "dino.train", *overrides]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "text": True, "timeout": 200} | options
+    return subprocess.run(command, cwd=cwd, env=environment, **options)
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+class Double(nn.Module):
+    """A backbone without batch norm, for exact comparisons."""
+
+    output_dim = 6
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 6)
+
+    def forward(self, images):
+        return torch.tanh(self.linear(images.mean((2, 3))))
+
+
+def constant(lr=0.3, momentum=0.9):
+    return Schedule(
+        epochs=1,
+        steps_per_epoch=100,
+        effective_batch=4,
+        lr=lr,
+        weight_decay=0.0,
+        momentum=momentum,
+        final_momentum=momentum,
+        temp=0.05,
+        warmup_temp=0.05,
+        warmup_epochs=0.0,
+        final_weight_decay=None,
+        min_lr=lr,
+    )
+
+
+def test_three_steps_of_the_loop_are_algorithm_1_written_out():
+    torch.manual_seed(0)
+    head = DinoProjectionHead(6, hidden_dim=5, bottleneck_dim=4, output_dim=7)
+    student = DinoModel(Double(), head).double()
+    teacher = make_teacher(student)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            if parameter.shape[-1] != 1:  # but for the fixed norms: a teacher that differs from the student
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    loss = DinoLoss(7, ncrops=3, teacher_temp=0.05).double()
+    loss.center.normal_(std=0.1)
+    batches = [[torch.randn(4, 3, s, s, dtype=torch.float64) for s in (8, 8, 4)] for _ in range(3)]
+
+    s = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in student.named_parameters()}
+    t = {name: p.clone() for name, p in teacher.named_parameters()}
+    center = loss.center.clone()
+    call = torch.func.functional_call
+    for x1, x2, x3 in batches:
+        s1, s2, s3 = (call(student, s, (x,)) for x in (x1, x2, x3))
+        t1, t2 = (call(teacher, t, (x,)).detach() for x in (x1, x2))
+
+        def h(target, output, center=center):
+            return -(torch.softmax((target - center) / 0.05, 1) * torch.log_softmax(output / 0.1, 1)).sum(1).mean()
+
+        pairs = [h(t1, s2), h(t1, s3), h(t2, s1), h(t2, s3)]
+        trained = [name for name in s if s[name].requires_grad]
+        gradients = torch.autograd.grad(sum(pairs) / 4, [s[name] for name in trained])
+        for name, gradient in zip(trained, gradients, strict=True):
+            s[name] = (s[name] - 0.3 * gradient).detach().requires_grad_()
+        t = {name: 0.9 * t[name] + 0.1 * s[name].detach() for name in t}
+        center = 0.9 * center + 0.1 * torch.cat([t1, t2]).mean(0)
+
+    optimizer = torch.optim.SGD(parameter_groups(student, head.last_layer), lr=1.0)
+    train(student, teacher, loss, ((i, iter([b])) for i, b in enumerate(batches)), optimizer, constant())
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(parameter, s[name], rtol=1e-9, atol=1e-9, check_layout=False)
+    for name, parameter in teacher.named_parameters():
+        torch.testing.assert_close(parameter, t[name], rtol=1e-7, atol=1e-7)  # the loop's means are in fp32
+    torch.testing.assert_close(loss.center, center, rtol=1e-6, atol=1e-7)
+
+
+def test_four_batches_of_8_accumulated_take_the_step_of_one_batch_of_32():
+    def updated(batch_size, accumulation):
+        torch.manual_seed(0)
+        backbone = ViT(hidden_dim=32, depth=1, heads=2, patch_size=8, image_size=32)  # no batch norm
+        student = DinoModel(backbone, DinoProjectionHead(32, 32, 16, 48))
+        teacher, loss = make_teacher(student), DinoLoss(48, ncrops=4)
+        transform = DINOTransform(num_local_views=2, global_size=32, local_size=16)
+        data = Textures("train", size=32, images=96)
+        optimizer = torch.optim.SGD(parameter_groups(student, student.projection_head.last_layer), lr=1.0)
+        steps = Steps(data, transform, batch_size, accumulation)
+        train(student, teacher, loss, steps, optimizer, constant(), accumulation=accumulation)
+        assert len(steps) == 3
+        return {
+            **student.state_dict(),
+            **{f"teacher.{k}": v for k, v in teacher.state_dict().items()},
+            "c": loss.center,
+        }
+
+    whole, parts = updated(32, 1), updated(8, 4)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+# ---- every YAML -----------------------------------------------------------------------------------------------------
+
+OPTIONS = [
+    (path.parent.name, path.stem)
+    for path in sorted(CONF.glob("*/*.yaml"))
+    if path.parent.name
+    in (
+        "backbone",
+        "head",
+        "augmentation",
+        "dataset",
+        "loss",
+        "optimizer",
+        "scheduler",
+        "evaluator",
+        "logger",
+        "experiment",
+    )
+]
+SMALL = [  # the real architectures and settings, for few and small images
+    "training.batch_size=4",
+    "training.max_steps=2",
+    "training.num_workers=0",
+    "dataset.global_size=32",
+    "dataset.local_size=16",
+    "dataset.eval_size=32",
+    "checkpoint.keep=1",
+    "precision=fp32",
+]
+
+
+def stand_in(root, layout, per_class=6):
+    """Images of noise in the layout of a data set that this machine does not have."""
+    classes = {
+        "imagenet": [f"{split}/{name}" for split in ("train", "val") for name in ("n01440764", "n02102040")],
+        "imagenet100": ["train.X1/n01440764", "train.X2/n02102040", "train.X3/n02979186", "train.X4/n03000684"]
+        + [f"val.X/{name}" for name in ("n01440764", "n02102040", "n02979186", "n03000684")],
+        "folder": ["cats", "dogs"],
+        "imagenette": [f"imagenette2-160/{split}/{name}" for split in ("train", "val") for name in WNIDS],
+    }[layout]
+    for number, folder in enumerate(classes):
+        (root / folder).mkdir(parents=True)
+        for i in range(per_class):
+            noise = torch.randint(
+                256, (40, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(99 * number + i)
+            )
+            Image.fromarray(noise.numpy()).save(root / folder / f"{i}.JPEG")
+    return root
+
+
+WNIDS = ["n01440764", "n02102040", "n02979186", "n03000684", "n03028079", "n03394916", "n03417042", "n03425413", "n03445777", "n03888257"]
+
+
+def cifar10(root):
+    """The batches of CIFAR-10 in torchvision's format, with noise in them."""
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: str(value))
+def test_every_yaml_trains_two_steps(group, option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    overrides = [*SMALL, f"{group}={option}"]
+    base = compose([f"{group}={option}"])
+    target = base["dataset"]["train"]["_target_"].rpartition(".")[2].lower()
+    if target == "textures":
+        overrides += ["dataset.train.images=24", "dataset.val.images=12"]
+    elif target == "cifar10":
+        pytest.skip("CIFAR-10's own files are read in test_dataset")
+    else:
+        root = tmp_path / base["dataset"]["root"] if base["dataset"]["root"] else tmp_path / "images"
+        overrides.append(f"dataset.root={stand_in(root, target)}")
+    config = compose(overrides)
+    knn = run(config, tmp_path / "run")
+    labelled = group != "evaluator" or option == "knn"
+    assert math.isnan(knn) != labelled
+    history = History.load(tmp_path / "run" / "history.json")
+    assert history.get_iterations() == [1, 2]
+    assert all(math.isfinite(value) for value in history.get_metric("loss"))
+    assert (tmp_path / "run" / "teacher.safetensors").is_file()
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run of 36 steps, 12 an epoch, and what it printed."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    return directory, program(*TINY, "name=a", cwd=directory)
+
+
+def final(directory):
+    return torch.load(max((directory / "checkpoints").glob("step_*.pt")), weights_only=True)
+
+
+def assert_same_state(left, right):
+    assert type(left) is type(right)
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same_state(left[key], right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for a, b in zip(left, right):
+            assert_same_state(a, b)
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    else:
+        assert left == right
+
+
+def assert_same_run(directory, reference):
+    one, other = final(directory), final(reference)
+    for part in ("student", "teacher", "loss", "optimizer", "scaler", "rng", "iteration", "epoch"):
+        assert_same_state(one[part], other[part])
+    for level in ("iteration", "epoch"):
+        frames = [History.load(d / "history.json").to_dataframe(level) for d in (directory, reference)]
+        measured_in_time = ["timestamp", "images_per_second", "training_seconds"]
+        one, other = (frame.drop(columns=measured_in_time, errors="ignore") for frame in frames)
+        assert one.equals(other)
+
+
+def test_a_run_says_what_it_does_and_leaves_everything_behind(uninterrupted):
+    directory, done = uninterrupted
+    assert done.returncode == 0, done.stderr
+    run_directory = directory / "outputs" / "a"
+    for words in (
+        "ViTTiny, 0.1 M parameters",
+        "96 images, 10 classes",
+        "36 (12 an epoch)",
+        "effective batch 8 = 8 images x 1",
+        "k-NN to beat: raw pixels",
+        "epoch 3",
+        "k-NN",
+    ):
+        assert words in done.stderr
+        assert words in (run_directory / "train.log").read_text()
+    names = {path.relative_to(run_directory).as_posix() for path in run_directory.rglob("*")}
+    assert {
+        "config.yaml",
+        "history.json",
+        "train.log",
+        "teacher.safetensors",
+        "plots/iteration.png",
+        "plots/epoch.png",
+        "checkpoints/best.pt",
+    } <= names
+    history = History.load(run_directory / "history.json")
+    assert history.get_iterations() == [1, 11, 21, 31, 36]
+    assert [entry for entry in history.get_metric("epoch", "epoch")] == [1, 2, 3]
+    assert set(history.metadata["baselines"]) == {"raw_pixels", "untrained"}
+    assert yaml.safe_load((run_directory / "config.yaml").read_text())["dataset"]["train"]["images"] == 96
+
+
+def test_the_same_command_again_says_that_the_run_is_finished(uninterrupted):
+    directory, _ = uninterrupted
+    again = program(*TINY, "name=a", cwd=directory)
+    assert again.returncode == 0
+    assert "is finished" in again.stderr
+
+
+def test_other_settings_in_its_directory_are_refused(uninterrupted):
+    directory, _ = uninterrupted
+    refused = program(*TINY, "name=a", "optimizer.lr=0.5", "seed=3", "training.num_workers=1", cwd=directory)
+    assert refused.returncode == 2
+    assert "optimizer.lr was 0.001, now 0.5; seed was 0, now 3" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_killed_at_a_random_moment_and_started_again_ends_bit_identical(uninterrupted, tmp_path, workers):
+    reference = uninterrupted[0] / "outputs" / "a"
+    command = [*TINY, "name=a", f"training.num_workers={workers}", "checkpoint.every_minutes=0.002"]
+    arguments = [sys.executable, "-m", "dino.train", *command]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as killed:
+        history = tmp_path / "outputs" / "a" / "checkpoints"
+        at_least = random.choice([1, 4, 9, 14])
+        while killed.poll() is None and not any(int(p.stem[5:]) >= at_least for p in history.glob("step_*.pt")):
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.1))
+        os.killpg(killed.pid, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL  # it was in the middle
+    stopped_at = max(int(p.stem[5:]) for p in history.glob("step_*.pt"))
+    assert stopped_at < 36
+    resumed = program(*command, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resumed at step {stopped_at}" in resumed.stderr
+    assert_same_run(tmp_path / "outputs" / "a", reference)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_lets_the_step_end_saves_and_the_same_command_resumes(uninterrupted, tmp_path, signum):
+    arguments = [sys.executable, "-m", "dino.train", *TINY, "name=a"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as stopped:
+        checkpoints = tmp_path / "outputs" / "a" / "checkpoints"
+        while stopped.poll() is None and not list(checkpoints.glob("step_*.pt")):
+            time.sleep(0.005)
+        stopped.send_signal(signum)
+        _, said = stopped.communicate(timeout=60)
+    assert stopped.returncode == 128 + signum
+    assert f"stopped by {signum.name}; the same command resumes" in said
+    assert "Traceback" not in said
+    if signum == signal.SIGTERM:
+        assert program(*TINY, "name=a", cwd=tmp_path).returncode == 0
+        assert_same_run(tmp_path / "outputs" / "a", uninterrupted[0] / "outputs" / "a")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step_and_keeps_the_checkpoint(tmp_path):
+    stopped = program(*TINY, "name=a", "optimizer.lr=1e38", "scheduler.warmup_epochs=0", "precision=fp32", cwd=tmp_path)
+    assert stopped.returncode == 3
+    assert re.search(r"the loss is (nan|inf) at step \d+; the last good checkpoint is in", stopped.stderr)
+    assert "Traceback" not in stopped.stderr
+    kept = final(tmp_path / "outputs" / "a")
+    assert kept["iteration"] == 1
+
+
+def test_unlabelled_images_train_without_knn_saying_so(tmp_path):
+    images = stand_in(tmp_path, "folder", per_class=12)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, path in enumerate(sorted(images.rglob("*.JPEG"))):
+        path.rename(flat / f"{number}.jpg")
+    done = program("dataset=folder", f"dataset.root={flat}", *SMALL, "backbone.depth=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "unlabelled: no k-NN" in done.stderr
+    assert "to beat" not in done.stderr
+
+
+def test_a_run_starts_from_the_teacher_of_another(uninterrupted, tmp_path):
+    source = uninterrupted[0] / "outputs" / "a"
+    config = compose([*TINY, "training.max_steps=1", "optimizer.lr=1e-30", "scheduler.min_lr=0", f"init_from={source}"])
+    run(config, tmp_path / "run")
+    first, last = final(tmp_path / "run")["student"], final(source)["teacher"]
+    assert torch.equal(first["backbone.cls_token"], last["backbone.cls_token"])
+
+
+def test_weights_of_another_architecture_are_refused(uninterrupted, tmp_path):
+    refused = program("init_from=" + str(uninterrupted[0] / "outputs" / "a"), cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "give a run of the same backbone and head" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_compiling_changes_speed_not_names(tmp_path):
+    done = program(*TINY, "compile=true", "training.max_steps=2", "name=a", cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "backbone.cls_token" in final(tmp_path / "outputs" / "a")["student"]
+
+
+@pytest.mark.skipif(not (DATA / "imagenette2-160").is_dir(), reason="no copy of ImageNette beside the checkout")
+def test_the_paper_s_vit_trains_on_real_photographs(tmp_path):
+    done = program(
+        "backbone=dino_vits16",
+        "dataset=imagenette",
+        f"dataset.root={DATA}",
+        "training.max_steps=3",
+        "training.batch_size=4",
+        "evaluator=none",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "9,469 images, 10 classes" in done.stderr
