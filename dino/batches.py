@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dino.augmentation import DINOTransform, collate_multi_crop
+from dino.node import Refused
 
 # One stream of random numbers for each use, so that no two uses ever share one.
 ORDER, GEOMETRY, PHOTOMETRY = 1, 2, 3
@@ -39,9 +40,9 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         self.seed, self.start, self.end = seed, start, end
         self.steps_per_epoch = images // (batch_size * accumulation)
         if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"one step takes {batch_size * accumulation} images (batch_size {batch_size} x {accumulation} accumulated "
-                f"passes), and the dataset has {images}: lower training.batch_size or the accumulation."
+            raise Refused(
+                f"one step takes {batch_size * accumulation} images (batch_size {batch_size} x {accumulation} passes), "
+                f"and the dataset has {images}: lower training.batch_size or the accumulation."
             )
 
     def __len__(self) -> int:
@@ -60,8 +61,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 class Steps:
     """`for step, parts in Steps(...)`: one optimizer update each, in `accumulation` parts, each a list of ready views.
 
-    A part is moved to the device, and photometry done there in one batch, when the loop asks for it. One loader serves all
-    epochs: no worker starts anew between two, and the first batch of an epoch is there when the last one is done.
+    A part is moved to the device, and photometry done there in one batch, when the loop asks for it. One loader serves
+    all epochs: no worker starts anew between two, and the first batch of an epoch is there when the last one is done.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ def accumulation_for(batch_size: int, passes: int, effective_batch: int | None, 
         return passes
     if effective_batch % (batch_size * processes):
         nearest = batch_size * processes * max(1, round(effective_batch / (batch_size * processes)))
-        raise ValueError(
+        raise Refused(
             f"training.effective_batch must be a multiple of batch_size x processes = {batch_size} x {processes}, "
             f"got {effective_batch}; {nearest} would do, or another training.batch_size."
         )

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dino.model import DinoModel
+from dino.node import Refused
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -34,7 +35,7 @@ def save_checkpoint(directory: Path, state: dict[str, Any], keep: int = 2, best:
         link = path.with_name("best.tmp")
         link.unlink(missing_ok=True)
         os.link(path, link)
-        os.replace(link, path.with_name("best.pt"))
+        link.replace(path.with_name("best.pt"))
     for old in _newest_first(directory)[keep:]:
         old.unlink()
     return path
@@ -43,7 +44,7 @@ def save_checkpoint(directory: Path, state: dict[str, Any], keep: int = 2, best:
 def load_checkpoint(directory: Path) -> dict[str, Any] | None:
     """The newest whole checkpoint below `directory`, on the CPU; None where there is none yet.
 
-    A broken one is passed over, saying so. Loads with weights_only: a checkpoint can hold no code. Raises ValueError where
+    A broken one is passed over, saying so. Loads with weights_only: a checkpoint can hold no code. Raises Refused where
     all are broken: to start afresh without a word would throw the run away.
     """
     paths = _newest_first(directory)
@@ -54,7 +55,7 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
         except Exception as error:  # bytes that are no checkpoint can raise anything
             log.warning("%s cannot be read (%s); trying the one before.", path, str(error).split("\n")[0])
     if paths:
-        raise ValueError(
+        raise Refused(
             f"none of the {len(paths)} checkpoints in {directory / FOLDER} can be read; restore one from a backup, "
             "or move the directory away to start afresh."
         )
@@ -62,7 +63,7 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
 
 
 def save_teacher(directory: Path, teacher: DinoModel, config: dict[str, Any], preprocessing: dict[str, Any]) -> None:
-    """directory/teacher.safetensors: backbone and head, with how to build them and to prepare images in the metadata."""
+    """directory/teacher.safetensors: backbone and head; in the metadata, how to build them and to prepare images."""
     from safetensors.torch import save
 
     weights = {name: value.detach().contiguous().clone() for name, value in teacher.state_dict().items()}
@@ -88,7 +89,7 @@ def load_teacher(path: str | Path) -> DinoModel:
         raise FileNotFoundError(f"{path} is not there; expected a run's directory or its {TEACHER}.")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+            metadata, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
         backbone_config, head_config = json.loads(metadata["backbone"]), json.loads(metadata["head"])
     except Exception as error:  # safetensors raises an exception type of its own for each fault
         raise ValueError(f"{path} cannot be read as a {TEACHER} of this project ({error}).") from error
@@ -101,10 +102,13 @@ def load_teacher(path: str | Path) -> DinoModel:
 
 def rng_state() -> dict[str, Any]:
     """Every global random generator of this process, as plain values and tensors."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "numpy": {
+            **numpy,
+            "state": {**numpy["state"], "key": torch.from_numpy(numpy["state"]["key"].astype(np.int64))},
+        },
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -113,8 +117,8 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    inner = state["numpy"]["state"]
+    np.random.set_state({**state["numpy"], "state": {**inner, "key": inner["key"].numpy().astype(np.uint32)}})
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -138,7 +142,7 @@ def _write(path: Path, write: Callable[[Any], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

@@ -19,7 +19,7 @@ Bank = tuple[Float[Tensor, "bank dim"], Int[Tensor, " bank"]]
 
 
 class KNN:
-    """Weighted k-NN on the backbone's features (Wu et al. 2018; DINO, Sec. 4.1): cosine, weights exp(similarity / T)."""
+    """Weighted k-NN on a backbone's features (Wu et al. 2018; DINO, Sec. 4.1): cosine, weights exp(similarity / T)."""
 
     def __init__(self, size: int, k: int = 20, temperature: float = 0.07, batch_size: int = 256) -> None:
         for name, value in (("size", size), ("k", k), ("temperature", temperature), ("batch_size", batch_size)):
@@ -118,7 +118,7 @@ def knn_accuracy(bank: Bank, queries: Features, k: int = 20, temperature: float 
     bank_features, bank_labels = F.normalize(bank[0], dim=1), bank[1]
     classes = int(torch.maximum(bank_labels.max(), queries[1].max())) + 1
     right = torch.zeros((), dtype=torch.long, device=bank_labels.device)
-    for features, labels in zip(queries[0].split(chunk), queries[1].split(chunk), strict=True):
+    for features, labels in zip(torch.split(queries[0], chunk), torch.split(queries[1], chunk), strict=True):
         similarity, neighbour = (F.normalize(features, dim=1) @ bank_features.T).topk(min(k, len(bank_features)), dim=1)
         votes = torch.zeros(len(features), classes, device=features.device)
         votes.scatter_add_(1, bank_labels[neighbour], (similarity / temperature).exp())

@@ -34,7 +34,7 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGINT and SIGUSR2 into a flag that is looked at after each step; a second SIGINT stops at once."""
+    """Turns SIGTERM, SIGINT and SIGUSR2 into a flag, looked at after each step; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -144,7 +144,8 @@ class Journal:
         self.history.save(self.directory / "history.json")
         self.loggers.log(values, done)
         self.bar.set_postfix_str(
-            f"loss {self.last_loss:.3f} ({relative:.2f} ln K), lr {now.learning_rate:.1e}, {images_per_second:.0f} img/s"
+            f"loss {self.last_loss:.3f} ({relative:.2f} ln K), lr {now.learning_rate:.1e}, "
+            f"{images_per_second:.0f} img/s"
         )
 
     def _look_at_losses(self, done: int) -> float:
@@ -153,7 +154,8 @@ class Journal:
         for ago, value in enumerate(reversed(losses)):
             if not math.isfinite(value):
                 raise NonFiniteLoss(
-                    f"the loss is {value} at step {done - ago}; the last good checkpoint is in {self.directory / 'checkpoints'}. "
+                    f"the loss is {value} at step {done - ago}; "
+                    f"the last good checkpoint is in {self.directory / 'checkpoints'}. "
                     "Try a lower optimizer.lr, a longer warm-up, or precision=fp32, with another name=."
                 )
         for value in losses:

@@ -31,7 +31,8 @@ class DinoLoss(nn.Module):
             raise ValueError(f"out_dim must be at least 2 prototypes, got {out_dim}.")
         if not 1 <= n_global_crops <= ncrops or ncrops < 2:
             raise ValueError(
-                f"ncrops must be at least 2 and hold n_global_crops, got ncrops={ncrops}, n_global_crops={n_global_crops}."
+                f"ncrops must be at least 2 and hold n_global_crops, got ncrops={ncrops}, "
+                f"n_global_crops={n_global_crops}."
             )
         for name, temp in (("student_temp", student_temp), ("teacher_temp", teacher_temp)):
             if not 0 < temp < math.inf:
@@ -48,18 +49,19 @@ class DinoLoss(nn.Module):
         teacher: Float[Tensor, "globals_x_batch out_dim"],
         teacher_temp: float | None = None,
     ) -> Float[Tensor, ""]:
-        """Logits in view order (all images of view 1, then of view 2, ...; the global views first) to a scalar >= 0.
+        """Logits in view order (all images of view 1, then of view 2, ...; global views first) to a scalar >= 0.
 
         `teacher_temp` is the schedule's value for this step; None: the one of the constructor.
         """
         with torch.autocast(student.device.type, enabled=False):
-            log_p = (_at_least_fp32(student) / self.student_temp).log_softmax(dim=-1).unflatten(0, (self.ncrops, -1))
-            target = self._probabilities(teacher, teacher_temp).unflatten(0, (self.n_global_crops, -1))
-            # One product of [globals, batch x K] and [batch x K, crops] holds every pair; a sum minus the pairs of a view
-            # with itself would cancel, and could come out below zero.
-            pairs = -(target.flatten(1) @ log_p.flatten(1).T) / log_p.shape[1]
+            log_p = (_at_least_fp32(student) / self.student_temp).log_softmax(dim=-1).view(self.ncrops, -1)
+            target = self._probabilities(teacher, teacher_temp).view(self.n_global_crops, -1)
+            # One product of [globals, batch x K] and [batch x K, crops] holds every pair; a sum minus the pairs of
+            # a view with itself would cancel, and could come out below zero.
+            pairs = -(target @ log_p.T) * (self.ncrops / len(student))
             same_view = torch.eye(self.n_global_crops, self.ncrops, dtype=torch.bool, device=pairs.device)
-            return pairs.masked_fill(same_view, 0.0).sum() / (pairs.numel() - self.n_global_crops)
+            total: Tensor = pairs.masked_fill(same_view, 0.0).sum()
+            return total / (pairs.numel() - self.n_global_crops)
 
     @torch.no_grad()
     def update_center(self, teacher: Float[Tensor, "rows out_dim"]) -> None:
@@ -82,7 +84,8 @@ class DinoLoss(nn.Module):
     def _probabilities(self, teacher: Tensor, teacher_temp: float | None) -> Tensor:
         """Centered and sharpened (Sec. 3.1)."""
         temp = self.teacher_temp if teacher_temp is None else teacher_temp
-        return ((_at_least_fp32(teacher) - self.center) / temp).softmax(dim=-1)
+        p: Tensor = ((_at_least_fp32(teacher) - self.center) / temp).softmax(dim=-1)
+        return p
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

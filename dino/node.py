@@ -1,4 +1,4 @@
-"""A node of the config, `{_target_: package.Class, key: value, ...}`: where it misfits its class, and the object it makes.
+"""A node of the config, `{_target_: package.Class, key: value}`: where it misfits its class, and the object it makes.
 
 Written against `inspect.signature` and the annotations, so that any importable class will do, ours or a third party's.
 """
@@ -16,7 +16,7 @@ from typing import Any, Literal, Union
 
 
 class Refused(ValueError):
-    """What the user asked for cannot be done. `problems`: sentences, the key first; the command prints them, one a line."""
+    """What the user asked for cannot be done. `problems`: sentences, the key first; printed one a line."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -32,7 +32,7 @@ def is_node(value: Any) -> bool:
 
 
 def locate(name: Any) -> Callable[..., Any]:
-    """The class or function of that dotted name. Raises ImportError, in one sentence; errors inside its module are let through."""
+    """The class or function of that dotted name. Raises ImportError, in one sentence; its module's own errors pass."""
     parts = name.split(".") if isinstance(name, str) else []
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise ImportError("expected the dotted name of a class, such as torch.optim.AdamW")
@@ -67,7 +67,7 @@ def shown(value: Any) -> str:
     """A value as one would write it in an override, cut where it is long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = " ".join(str(value).split())
+    text = " ".join(str(value).split()) or repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -85,7 +85,7 @@ def annotations(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def misfits(path: str, node: Mapping[str, Any], late: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-    """(key, sentence) of every name and type in `node` that its class doesn't take. `late`: arguments that the run gives."""
+    """(key, sentence) of each name and type that the class doesn't take. `late`: arguments that the run gives."""
     try:
         target = locate(node["_target_"])
         takes = inspect.signature(target).parameters
@@ -131,7 +131,7 @@ def misfits(path: str, node: Mapping[str, Any], late: Collection[str] = ()) -> I
 def build(node: Any, **late: Any) -> Any:
     """The object that `node` describes, nested ones first; lists become tuples and ints floats where so annotated.
 
-    `late`: arguments known only to the run. With `_partial_: true` and no late ones: a functools.partial that waits for them.
+    `late`: arguments known only to the run. With `_partial_: true` and none of them: a functools.partial that waits.
     Whatever has no `_target_` comes back as it is, with the nodes inside it built. Raises Refused where a constructor
     objects.
     """
@@ -249,7 +249,7 @@ def described(hint: Any) -> str:
     return f"an object of {getattr(hint, '__name__', str(hint))} (a node with its _target_)"
 
 
-def _finite(value: float) -> bool:
+def _finite(value: int | float) -> bool:
     try:
         return math.isfinite(float(value))
     except OverflowError:
@@ -279,7 +279,7 @@ def _each(values: Sequence[Any], hints: list[Any], whole: Any) -> list[Any]:
 
 
 def _as_float(value: Any, hint: Any) -> Any:
-    """Late arguments are objects of the run, left alone; but a YAML `1` may be among them where a float is annotated."""
+    """Late arguments are objects of the run; but a YAML `1` may be among them where a float is annotated."""
     return fitted(value, hint) if isinstance(value, int) and not isinstance(value, bool) else value
 
 

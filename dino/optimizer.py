@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 
 
 def parameter_groups(student: nn.Module, last_layer: nn.Module) -> list[dict[str, Any]]:
-    """Groups for any torch optimizer: with and without decay, the head's last layer apart so that it can be frozen.
+    """Groups for any torch optimizer: with and without decay, the head's last layer apart so that it can freeze.
 
-    Biases and the gains of norms (everything with one dimension) get no decay, as in the authors' code; class tokens and
-    position embeddings do, as there.
+    Biases and the gains of norms (everything with one dimension) get no decay, as in the authors' code; class tokens
+    and position embeddings do, as there.
     """
     last = {id(p) for p in last_layer.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -33,7 +33,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float = math.in
     norms = torch._foreach_norm(grads)
     if max_norm < math.inf:
         torch._foreach_mul_(grads, [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
-    return torch.stack(norms).norm()
+    norm: Tensor = torch.stack(norms).norm()
+    return norm
 
 
 class LARS(Optimizer):

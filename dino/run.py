@@ -91,13 +91,14 @@ class Run:
         classes = self.train_set.classes
         labels = "unlabelled: no k-NN" if classes is None else f"{len(classes)} classes"
         backbone = self.student.backbone
-        parts = (_millions(backbone), _millions(self.student.projection_head))
+        backbone_size, head_size = _millions(backbone), _millions(self.student.projection_head)
         return "\n".join(
             [
-                f"backbone   {type(backbone).__name__}, {parts[0]} parameters; head {parts[1]}, {self.loss.out_dim} prototypes",
+                f"backbone   {type(backbone).__name__}, {backbone_size} parameters; "
+                f"head {head_size}, {self.loss.out_dim:,} prototypes",
                 f"data       {len(self.train_set):,} images, {labels}; {len(self.val_set):,} to validate",
-                f"steps      {self.total_steps:,} ({self.steps_per_epoch:,} an epoch), effective batch {self.effective_batch} "
-                f"= {self.batch_size} images x {self.accumulation} accumulated x 1 process",
+                f"steps      {self.total_steps:,} ({self.steps_per_epoch:,} an epoch), "
+                f"effective batch {self.effective_batch} = {self.batch_size} images x {self.accumulation} accumulated",
                 f"device     {describe(self.device)}, {self.precision}, {self.num_workers} workers",
             ]
         )
@@ -120,11 +121,12 @@ def assemble(config: dict[str, Any]) -> Run:
 
     torch.manual_seed(config["seed"])
     backbone = build(config["backbone"])
-    student = DinoModel(backbone, build(config["head"], input_dim=backbone.output_dim))
+    head = build(config["head"], input_dim=backbone.output_dim)
+    student = DinoModel(backbone, head)
     if config["init_from"] is not None:
         _initialise(student, config["init_from"])
     student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build(config["optimizer"], params=parameter_groups(student, student.projection_head.last_layer))
+    optimizer = build(config["optimizer"], params=parameter_groups(student, head.last_layer))
     schedule = build(
         config["scheduler"],
         epochs=training["epochs"],

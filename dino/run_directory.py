@@ -8,6 +8,8 @@ from typing import IO, Any
 
 import yaml
 
+from dino.node import Refused
+
 # Keys that change no result: a run may be resumed with other values of these.
 FREE = (
     "name",
@@ -24,17 +26,17 @@ FREE = (
 def lock(directory: Path) -> IO[str]:
     """Holds `directory` for this process until the returned file is closed or the process ends, however it ends.
 
-    Raises ValueError where another process holds it, naming its host and pid.
+    Raises Refused where another process holds it, naming its host and pid.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    file = open(directory / ".lock", "a+")
+    file = open(directory / ".lock", "a+")  # noqa: SIM115 - held until the caller closes it
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise ValueError(
+        raise Refused(
             f"{directory} is in use by {holder}; wait for it, stop it, or give this run another name=."
         ) from None
     file.truncate(0)
@@ -44,7 +46,7 @@ def lock(directory: Path) -> IO[str]:
 
 
 def claim(directory: Path, config: dict[str, Any]) -> None:
-    """Writes config.yaml where there is none; else compares. Raises ValueError, listing the keys that differ."""
+    """Writes config.yaml where there is none; else compares. Raises Refused, listing the keys that differ."""
     path = directory / "config.yaml"
     if path.exists():
         try:
@@ -52,16 +54,16 @@ def claim(directory: Path, config: dict[str, Any]) -> None:
         except yaml.YAMLError:
             before = None
         if not isinstance(before, dict):
-            raise ValueError(f"{path} cannot be read as YAML; mend it or move the directory away.")
+            raise Refused(f"{path} cannot be read as YAML; mend it or move the directory away.")
         if differing := differences(before, config):
             listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in differing)
-            raise ValueError(
+            raise Refused(
                 f"{directory} holds a run of other settings ({listed}); set them back, or give another name=."
             )
         return
     temporary = path.with_suffix(".tmp")
     temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -20,7 +20,7 @@ def linear(step: int, start: float, end: float, total_steps: int) -> float:
 def cosine_warmup(
     step: int, peak: float, end: float, total_steps: int, warmup_steps: int = 0, warmup_start: float = 0.0
 ) -> float:
-    """Linear from `warmup_start` to `peak` over `warmup_steps`, then half a cosine to `end` at `total_steps` (Sec. 3.2)."""
+    """Linear from `warmup_start` to `peak` over `warmup_steps`, then half a cosine to `end` (Sec. 3.2)."""
     if step < warmup_steps:
         return linear(step, warmup_start, peak, warmup_steps)
     return cosine(step - warmup_steps, peak, end, max(1, total_steps - warmup_steps))
@@ -46,9 +46,9 @@ class Values:
 class Schedule:
     """`schedule(step) -> Values`.
 
-    Epochs become steps here and nowhere else. `lr` is multiplied by effective batch / `reference_batch_size` where that is
-    set (Sec. 3.2: 256). The last layer is frozen by a rate of 0 for `freeze_last_layer_epochs`; Adam's moments of it go on
-    moving meanwhile, so it starts warm.
+    Epochs become steps here and nowhere else. `lr` is multiplied by effective batch / `reference_batch_size` where that
+    is set (Sec. 3.2: 256). The last layer is frozen by a rate of 0 for `freeze_last_layer_epochs`; Adam's moments of it
+    go on moving meanwhile, so it starts warm.
     """
 
     def __init__(

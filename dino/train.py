@@ -63,7 +63,7 @@ def train(
 
 
 def run(config: dict[str, Any], directory: Path) -> float:
-    """Trains what `config` says in `directory`, going on from what that holds; the last k-NN accuracy, NaN without one."""
+    """Trains what `config` says in `directory`, from where that stands; returns the last k-NN accuracy (NaN: none)."""
     from dino.checkpoint import load_checkpoint
     from dino.journal import StopSignal
     from dino.run_directory import claim, lock
@@ -99,7 +99,7 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
         log.info("resumed at step %d", start)
     if baselines := history.metadata["baselines"]:
         log.info("k-NN to beat: raw pixels %.1f %%, untrained backbone %.1f %%", *(100 * a for a in baselines.values()))
-    loggers.start(directory, config, state and state["wandb_run_id"])
+    loggers.start(directory, config, None if state is None else state["wandb_run_id"])
 
     def checkpoint(iteration: int, metrics: dict[str, Any], best: bool) -> None:
         content = run.state_dict() | {

@@ -9,7 +9,14 @@ import yaml
 
 from dino.run_directory import claim, differences, lock
 
-HOLD = "import sys, time; from pathlib import Path; from dino.run_directory import lock; f = lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLD = """
+import sys, time
+from pathlib import Path
+from dino.run_directory import lock
+held = lock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
 
 
 def test_a_second_process_is_refused_with_the_first_ones_host_and_pid_until_that_dies(tmp_path):

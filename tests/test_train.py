@@ -18,13 +18,12 @@ from torch import nn
 
 from dino import DinoLoss, DinoModel, DinoProjectionHead, DINOTransform, Schedule, Steps, make_teacher, parameter_groups
 from dino.backbone.vit import ViT
-from dino.config import compose
+from dino.config import CONF, compose
 from dino.dataset.textures import Textures
 from dino.history import History
 from dino.train import run, train
 
 ROOT = Path(__file__).parents[1]
-CONF = ROOT / "conf"
 DATA = Path(os.environ.get("DINO_TEST_DATA", ROOT.parent / "shared" / "data"))
 TINY = [  # seconds on two cores
     "dataset.train.images=96",
@@ -195,7 +194,18 @@ def stand_in(root, layout, per_class=6):
     return root
 
 
-WNIDS = ["n01440764", "n02102040", "n02979186", "n03000684", "n03028079", "n03394916", "n03417042", "n03425413", "n03445777", "n03888257"]
+WNIDS = [
+    "n01440764",
+    "n02102040",
+    "n02979186",
+    "n03000684",
+    "n03028079",
+    "n03394916",
+    "n03417042",
+    "n03425413",
+    "n03445777",
+    "n03888257",
+]
 
 
 def cifar10(root):
@@ -208,7 +218,7 @@ def test_every_yaml_trains_two_steps(group, option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     overrides = [*SMALL, f"{group}={option}"]
-    base = compose([f"{group}={option}"])
+    base = compose([f"{group}={option}"], "train", CONF)
     target = base["dataset"]["train"]["_target_"].rpartition(".")[2].lower()
     if target == "textures":
         overrides += ["dataset.train.images=24", "dataset.val.images=12"]
@@ -217,7 +227,7 @@ def test_every_yaml_trains_two_steps(group, option, tmp_path, monkeypatch):
     else:
         root = tmp_path / base["dataset"]["root"] if base["dataset"]["root"] else tmp_path / "images"
         overrides.append(f"dataset.root={stand_in(root, target)}")
-    config = compose(overrides)
+    config = compose(overrides, "train", CONF)
     knn = run(config, tmp_path / "run")
     labelled = group != "evaluator" or option == "knn"
     assert math.isnan(knn) != labelled
@@ -380,7 +390,11 @@ def test_unlabelled_images_train_without_knn_saying_so(tmp_path):
 
 def test_a_run_starts_from_the_teacher_of_another(uninterrupted, tmp_path):
     source = uninterrupted[0] / "outputs" / "a"
-    config = compose([*TINY, "training.max_steps=1", "optimizer.lr=1e-30", "scheduler.min_lr=0", f"init_from={source}"])
+    config = compose(
+        [*TINY, "training.max_steps=1", "optimizer.lr=1e-30", "scheduler.min_lr=0", f"init_from={source}"],
+        "train",
+        CONF,
+    )
     run(config, tmp_path / "run")
     first, last = final(tmp_path / "run")["student"], final(source)["teacher"]
     assert torch.equal(first["backbone.cls_token"], last["backbone.cls_token"])

@@ -101,8 +101,6 @@ def _check_memory(config: Mapping[str, Any], problems: Problems, parameters: int
         return
     needed = 12 * batch * (2 * side**2 + views * local**2)
     if needed > memory:
-        problems.add(
-            "training.batch_size",
-            f"training.batch_size={batch}: the views of one pass ({', '.join(f'{k}={shown(value_at(config, k))}' for k in keys[1:])}) "
-            f"would take {needed / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f}",
-        )
+        views_of = ", ".join(f"{key}={value_at(config, key)}" for key in keys[1:])
+        text = f"training.batch_size={batch}: the views of one pass ({views_of}) take {needed / 1e9:,.0f} GB"
+        problems.add("training.batch_size", f"{text}, and this machine has {memory / 1e9:,.0f}")

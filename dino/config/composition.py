@@ -15,11 +15,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dino.node import Refused, did_you_mean, ended, shown
 
-FAILURES = (HydraException, OmegaConfBaseException)
+# Hydra has plain ValueErrors and TypeErrors too, for an override of a wrong kind (backbone=1).
+FAILURES = (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError)
 
 
 def compose(overrides: list[str], config_name: str, directory: Path) -> dict[str, Any]:
-    """The plain, resolved config of a command line, unchecked. Raises Refused, naming every override that can't be composed."""
+    """The plain, resolved config of a command line, unchecked. Raises Refused, naming every override that fails."""
     config, problems = composed(overrides, config_name, directory)
     if problems:
         raise Refused(*problems)
@@ -45,13 +46,13 @@ def composed(overrides: list[str], config_name: str, directory: Path) -> tuple[D
 
 
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:
-    config = hydra.compose(config_name, overrides, return_hydra_config=True)
+    config: DictConfig = hydra.compose(config_name, overrides, return_hydra_config=True)
     plain(config)  # an interpolation may fail only when it is resolved
     return config
 
 
 def _one_by_one(overrides: list[str], config_name: str) -> tuple[DictConfig, list[str]]:
-    """Adds the overrides in turn, groups first, and leaves out each that fails; for a misspelt option, the nearest goes in."""
+    """Adds the overrides in turn, groups first, without those that fail; for a misspelt option, the nearest goes in."""
     try:
         config = _compose(config_name, [o for o in overrides if o.startswith("hydra.searchpath=")])
     except FAILURES as error:
@@ -88,7 +89,7 @@ def _explained(override: Override, error: Exception, config: DictConfig) -> tupl
     if override.is_sweep_override():
         return f"{text}: one run takes one value; use --multirun for several, or [a,b] for a list", None
     if options and override.value() is None:
-        return f"{text}: the run needs one of {', '.join(options)}", None
+        return f"{text}: choose one of {', '.join(options)}", None
     if options and isinstance(error, MissingConfigException):
         wrong = (error.missing_cfg_file or "").rpartition("/")[2] or shown(override.value())
         meant = did_you_mean(wrong, options)

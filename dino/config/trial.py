@@ -49,62 +49,72 @@ def processes() -> int:
 
 
 BUGS = (NameError, AttributeError, SyntaxError)  # a mistake in a class, not in its values: its traceback is what helps
-TENSORS, PARAMETERS = 100_000, 10**11  # more than any model that this is for; stops depth=1000000000 within a second
+TENSORS, PARAMETERS = 10_000, 10**11  # more than any model that this is for; stops depth=1000000000 within a second
 
 
 @contextlib.contextmanager
-def _weightless() -> Iterator[dict[str, int]]:
-    """Modules made inside have shapes and no memory; yields the running count of their parameters."""
+def _weightless() -> Iterator[None]:
+    """Modules made inside have shapes and no memory. Raises ValueError in the one that grows past all reason."""
     import torch
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
-    count = {"tensors": 0, "parameters": 0}
+    tensors = parameters = 0
 
     def registered(module: Any, name: str, parameter: Any) -> None:
-        count["tensors"] += 1
-        count["parameters"] += parameter.numel() if parameter is not None else 0
-        if count["tensors"] > TENSORS or count["parameters"] > PARAMETERS:
-            raise ValueError(
-                f"this would have more than {TENSORS:,} tensors or {PARAMETERS:,} parameters; make it smaller"
-            )
+        nonlocal tensors, parameters
+        tensors += 1
+        parameters += parameter.numel() if parameter is not None else 0
+        if tensors > TENSORS or parameters > PARAMETERS:
+            raise ValueError(f"more than {TENSORS:,} tensors or {PARAMETERS:,} parameters; make it smaller")
 
     handle = register_module_parameter_registration_hook(registered)
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            yield count
+            yield
     finally:
         handle.remove()
 
 
 def try_parts(config: Mapping[str, Any], problems: Problems) -> int:
-    """Makes each cheap part once; returns the parameters of backbone and head. Datasets are not cheap: they speak at the start."""
+    """Makes each cheap part once (no dataset is cheap); returns how many parameters backbone and head have."""
     augmentation = _attempt("augmentation", config, problems)
-    sizes = {key: value_at(config, f"augmentation.{key}") for key in ("global_size", "local_size")}
-    with _weightless() as count:
-        backbone = _attempt(
-            "backbone", config, problems, drop=("pretrained",), after=lambda made: _forward(made, sizes, problems)
-        )
-        output_dim = getattr(backbone, "output_dim", None)
-        _attempt("head", config, problems, {"input_dim": output_dim})
-    crops = {
-        "ncrops": getattr(augmentation, "ncrops", None),
-        "n_global_crops": getattr(augmentation, "n_global_crops", None),
-    }
-    with _weightless():
-        _attempt("loss", config, problems, crops)
-    _attempt(
-        "optimizer", config, problems, after=lambda optimizer: optimizer.step(), fresh={"params": _dummy_parameters}
-    )
+    backbone = _attempt("backbone", config, problems, within=_weightless, drop=("pretrained",))
+    if backbone is not None:
+        _check_forward(backbone, config, problems)
+    head = _attempt("head", config, problems, {"input_dim": getattr(backbone, "output_dim", None)}, within=_weightless)
+    crops = {name: getattr(augmentation, name, None) for name in ("ncrops", "n_global_crops")}
+    _attempt("loss", config, problems, crops, within=_weightless)
+    _attempt("optimizer", config, problems, after=lambda made: made.step(), fresh={"params": _dummy_parameters})
     late = {name: value_at(config, path) for name, (path, _) in LATE["scheduler"].items() if path not in problems}
-    batch = value_at(config, "training.batch_size"), value_at(config, "training.gradient_accumulation_steps")
-    late["effective_batch"] = late.get("effective_batch")
-    if late["effective_batch"] is None and not problems.within("training"):
-        late["effective_batch"] = batch[0] * batch[1] * processes()
+    if late.get("effective_batch") is None and not problems.within("training"):
+        training = config["training"]
+        late["effective_batch"] = training["batch_size"] * training["gradient_accumulation_steps"] * processes()
     _attempt("scheduler", config, problems, late | {"steps_per_epoch": 1})
     _attempt("evaluator", config, problems)
     for name in config["logger"] if isinstance(config.get("logger"), Mapping) else ():
         _attempt(f"logger.{name}", config, problems)
-    return count["parameters"]
+    return sum(p.numel() for part in (backbone, head) if hasattr(part, "parameters") for p in part.parameters())
+
+
+def _check_forward(backbone: Any, config: Mapping[str, Any], problems: Problems) -> None:
+    """Two images of each size through the weightless backbone: shapes that don't fit show here."""
+    import torch
+
+    for key in ("augmentation.global_size", "augmentation.local_size"):
+        size = value_at(config, key)
+        if not isinstance(size, int) or not 0 < size < 100_000 or key in problems or "backbone" in problems:
+            continue
+        try:
+            with torch.no_grad(), _weightless():
+                shape = tuple(backbone(torch.zeros(2, 3, size, size)).shape)
+        except (RuntimeError, ValueError) as error:
+            if not _needs_weights(error):
+                problems.add(key, f"{key}={size}: the backbone takes no such images: {' '.join(str(error).split())}")
+            continue
+        if shape != (2, getattr(backbone, "output_dim", None)):
+            name = type(backbone).__name__
+            expected = f"[2, output_dim={getattr(backbone, 'output_dim', 'missing')}]"
+            problems.add("backbone", f"backbone: {name}: expected features {expected} of 2 images, got {list(shape)}")
 
 
 def _dummy_parameters() -> list[dict[str, Any]]:
@@ -117,28 +127,6 @@ def _dummy_parameters() -> list[dict[str, Any]]:
     return [{"params": [weight], "decay": weight.ndim > 1, "last_layer": False} for weight in weights]
 
 
-def _forward(backbone: Any, sizes: dict[str, Any], problems: Problems) -> None:
-    """Two images of each size through the weightless backbone: shapes that don't fit show here."""
-    import torch
-
-    for key, size in sizes.items():
-        if isinstance(size, int) and 0 < size < 100_000 and not problems.within(f"augmentation.{key}"):
-            with torch.no_grad():
-                try:
-                    shape = tuple(backbone(torch.zeros(2, 3, size, size)).shape)
-                except (RuntimeError, ValueError) as error:
-                    if not _needs_weights(error):
-                        problems.add(
-                            f"augmentation.{key}",
-                            f"augmentation.{key}={size}: the backbone takes no such images: {error}",
-                        )
-                    continue
-            if shape != (2, backbone.output_dim):
-                raise ValueError(
-                    f"expected features [2, output_dim={backbone.output_dim}] of 2 images, got {list(shape)}"
-                )
-
-
 def _attempt(
     path: str,
     config: Mapping[str, Any],
@@ -148,10 +136,11 @@ def _attempt(
     drop: tuple[str, ...] = (),
     fresh: Mapping[str, Callable[[], Any]] = {},
     after: Callable[[Any], Any] = lambda made: None,
+    within: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Any:
     """Makes the part at `path`; what its constructor objects to becomes problems, each with the key to blame.
 
-    A key that is wrong already, or blamed here, is tried with its default instead, so that the next wrong one is found too.
+    A key that is wrong already, or blamed here, is tried with its default instead: so the next wrong one is found too.
     Returns the part, or None where even so it can't be made.
     """
     node = value_at(config, path)
@@ -180,17 +169,20 @@ def _attempt(
         return {k: v for k, v in given.items() if k != key}
 
     def make(arguments: Mapping[str, Any]) -> Any:
-        made = target(
-            **{k: fresh[k]() if k in fresh else build(_fit(v, hints.get(k, Any))) for k, v in arguments.items()}
-        )
-        after(made)
+        with within():
+            made = target(
+                **{k: fresh[k]() if k in fresh else build(_fit(v, hints.get(k, Any))) for k, v in arguments.items()}
+            )
+            after(made)
         return made
 
     def error_of(arguments: Mapping[str, Any]) -> Exception | None:
         try:
             make(arguments)
-        except BUGS:
-            raise
+        except BUGS as error:
+            if "site-packages" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+                raise
+            return error
         except Exception as error:
             return None if _needs_weights(error) else error
         return None
@@ -228,9 +220,11 @@ def _to_blame(
     without: Callable[[str], dict[str, Any] | None],
     error_of: Callable[[Mapping[str, Any]], Exception | None],
 ) -> str | None:
-    """The key whose default makes the error go away, or give way to another; else the one that the message begins with."""
+    """The key whose default makes the error go away or give way to another, else the first that the message names."""
     gives_way = None
-    for key in given:
+    begins = re.match(rf"(?:{re.escape(name)}: )?(\w+)", str(error))
+    first = begins[1] if begins else None
+    for key in sorted(given, key=lambda key: key != first):
         rest = without(key)
         if rest is None or rest == given:
             continue
@@ -239,8 +233,7 @@ def _to_blame(
             return key
         if gives_way is None and _form(other) != _form(error):
             gives_way = key
-    first = re.match(rf"(?:{re.escape(name)}: )?(\w+)", str(error))
-    return gives_way or (first[1] if first and first[1] in given else None)
+    return gives_way or (first if first in given else None)
 
 
 def _form(error: Exception) -> str:

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from dino.machine import check_machine
+from dino.config.machine import check_machine
+from dino.config.trial import LATE, processes, try_parts
 from dino.node import Misfit, Problems, did_you_mean, fitted, is_node, misfits, shown, value_at
-from dino.trial import LATE, processes, try_parts
 
 
 class Rule(NamedTuple):
@@ -19,7 +19,7 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool] = lambda value: True
 
 
-def _from(least: float, unless_null: bool = False, hint: Any = int) -> Rule:
+def _from(least: float | int, unless_null: bool = False, hint: Any = int) -> Rule:
     words = f"{'a whole number' if hint is int else 'a finite number'}, {least} or more"
     return Rule(
         hint | None if unless_null else hint,
@@ -91,13 +91,13 @@ NODES = (
 )
 
 
-def check(config: Mapping[str, Any], here: bool = True) -> list[str]:
+def check(config: Any, here: bool = True) -> list[str]:
     """Every problem of a plain, resolved config, one sentence each, the key first; [] where it can run.
 
     here=False leaves out what this machine decides (its devices, memory, files): for a job that will run on another.
     """
-    if not isinstance(config, Mapping):
-        return [f"the config: expected a dict of keys, got {shown(config)}."]
+    if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
+        return [f"the config: expected a dict with texts for keys, got {shown(config)}."]
     problems = Problems()
     _check_own_keys(config, problems)
     for path, node in _nodes(config):
@@ -118,7 +118,7 @@ def warnings_of(config: Mapping[str, Any]) -> list[str]:
         temp = value_at(config, key)
         if student is not None and temp is not None and student <= temp:
             found.append(
-                f"loss.student_temp={shown(student)} is not above {key}={shown(temp)}: the teacher should be the sharper one "
+                f"loss.student_temp={shown(student)} is not above {key}={shown(temp)}: the teacher should be sharper "
                 "(the paper has 0.1 and 0.04), or the outputs drift to uniform."
             )
     if (
@@ -150,8 +150,8 @@ def _check_own_keys(config: Mapping[str, Any], problems: Problems) -> None:
             continue
         for key in config[section]:
             if key not in keys:
-                text = f"{section}.{key}: there is no such key{did_you_mean(str(key), keys) or '; there are ' + ', '.join(keys)}"
-                problems.add(f"{section}.{key}", text)
+                meant = did_you_mean(str(key), keys) or f"; there are {', '.join(keys)}"
+                problems.add(f"{section}.{key}", f"{section}.{key}: there is no such key{meant}")
     for path in NODES:
         group, _, part = path.partition(".")
         if part and not isinstance(config.get(group), Mapping):
@@ -160,14 +160,9 @@ def _check_own_keys(config: Mapping[str, Any], problems: Problems) -> None:
             problems.add(
                 path, f"{path}={shown(value_at(config, path))}: expected a node with its _target_; choose {group}=..."
             )
-    for key, value in (
-        (config.get("logger") or {}).items() if isinstance(config.get("logger"), Mapping | None) else [("", None)]
-    ):
-        if not is_node(value):
-            problems.add(
-                "logger",
-                f"logger={shown(config['logger'])}: expected loggers by name, such as logger=[csv,tensorboard]",
-            )
+    loggers = {} if config.get("logger") is None else config["logger"]
+    if not isinstance(loggers, Mapping) or not all(map(is_node, loggers.values())):
+        problems.add("logger", f"logger={shown(loggers)}: expected loggers by name, such as logger=[csv,tensorboard]")
     for key, rule in OWN.items():
         section, _, name = key.rpartition(".")
         if section in problems:

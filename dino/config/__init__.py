@@ -24,24 +24,25 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dino.check import check, warnings_of
-from dino.composition import compose, composed, plain
+from dino.config.check import check, warnings_of
+from dino.config.composition import compose, composed, plain
 from dino.node import Refused, build
 
 __all__ = ["CONF", "Refused", "build", "command", "compose", "run_name"]
 
-INSIDE = Path(__file__).resolve().parent / "conf"
+INSIDE = Path(__file__).resolve().parents[1] / "conf"
 CONF = INSIDE if INSIDE.is_dir() else INSIDE.parent.parent / "conf"  # in a wheel, in a checkout
 
 # Keys that change no result: with other values of these it is the same run, in the same directory.
 NAMELESS = re.compile(
     r"name|device|logger(\..*)?|hydra[./].*|checkpoint\..*|log_every_steps|evaluate_every_epochs|training\.num_workers"
 )
+TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # as the user set it; `command` sets it for hydra
 LONGEST_NAME = 200  # bytes; file systems take 255, and files beside it may want a suffix
 
 
 def run_name(overrides: Sequence[str], name: str | int | None = None) -> str:
-    """The directory below outputs/: `name`, or the overrides that change a result, sorted; "default" where there are none.
+    """The directory below outputs/: `name`, or the overrides that change a result, sorted; "default" for none.
 
     An override `name=x` counts as `name`. What is too long ends in a hash of the whole.
     """
@@ -79,7 +80,7 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any], Path], Any]
                 return main(values, directory)
             except Refused as refused:
                 _remove_if_empty(directory)
-                if several or _tracebacks_wanted():
+                if several or TRACEBACKS:
                     raise  # hydra runs the other jobs, then names this one
                 _say(refused.problems)
                 sys.exit(2)
@@ -87,18 +88,18 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any], Path], Any]
         @functools.wraps(main)
         def program() -> None:
             arguments = get_args_parser().parse_args()
-            wanted = _tracebacks_wanted()
+            before = os.environ.get("HYDRA_FULL_ERROR", "0")
             try:
                 _refuse_early(arguments, config_name)
                 os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra ends the process itself, in its own words
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
             except (Refused, HydraException, OmegaConfBaseException) as error:
-                if wanted:
+                if TRACEBACKS:
                     raise
                 _say(error.problems if isinstance(error, Refused) else [" ".join(str(error).split())])
                 sys.exit(2)
             finally:
-                os.environ["HYDRA_FULL_ERROR"] = "1" if wanted else "0"
+                os.environ["HYDRA_FULL_ERROR"] = before
 
         return program
 
@@ -106,7 +107,7 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any], Path], Any]
 
 
 def _refuse_early(arguments: argparse.Namespace, config_name: str) -> None:
-    """Composes and checks what hydra is about to run, before it makes a directory. All jobs of a sweep, where they are known."""
+    """Composes and checks what hydra is about to run, all jobs of a sweep, before it makes a directory."""
     if arguments.hydra_help or arguments.shell_completion or arguments.experimental_rerun or arguments.info:
         return
     if arguments.help and not arguments.overrides:
@@ -161,10 +162,6 @@ def _say(sentences: Any) -> None:
     if os.environ.get("RANK", "0") == "0":  # under torchrun every process finds the same
         for text in sentences:
             print(text, file=sys.stderr, flush=True)
-
-
-def _tracebacks_wanted() -> bool:
-    return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def _remove_if_empty(directory: Path) -> None:
