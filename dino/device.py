@@ -42,6 +42,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def default_workers(device: torch.device) -> int:
+    """Loader processes: none beside a CPU, whose cores the training itself uses (its threads wait for each other, so that
+    a core taken from them stalls all: measured, two workers beside two threads trained at 0.6 of the speed of none)."""
+    return 0 if device.type == "cpu" else min(8, usable_cores())
+
+
 def describe(device: torch.device) -> str:
     return (
         torch.cuda.get_device_name(device)

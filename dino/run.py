@@ -10,7 +10,7 @@ import torch
 from dino.augmentation import DINOTransform
 from dino.batches import Steps, accumulation_for, steps_of
 from dino.checkpoint import load_teacher
-from dino.device import autocast_for, choose_device, choose_precision, describe, usable_cores
+from dino.device import autocast_for, choose_device, choose_precision, default_workers, describe
 from dino.loss import DinoLoss
 from dino.model import DinoModel, make_teacher
 from dino.node import Refused, build
@@ -141,7 +141,7 @@ def assemble(config: dict[str, Any]) -> Run:
         device=device,
         precision=precision,
         autocast=autocast_for(device, precision),
-        num_workers=min(8, usable_cores()) if workers == "auto" else workers,
+        num_workers=default_workers(device) if workers == "auto" else workers,
         train_set=train_set,
         val_set=val_set,
         transform=transform,

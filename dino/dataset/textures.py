@@ -1,9 +1,11 @@
 """Ten classes of procedural texture, made in memory: the default run's data, with nothing to download.
 
 The texture is the only cue: angle, scale, phase, contrast, shading and which side of the texture is dark are drawn
-alike for every class, all images are grey and have the same mean luminance, and every class inks half of the area. So
-raw pixels and image statistics say next to nothing of the class, and neither brightness nor colour agrees between the
-crops of one image more than between images (DINO would learn that agreement instead).
+alike for every class, and all images are grey with the same mean luminance and, but for contrast, the same variance. So
+raw pixels say little of the class, and neither brightness nor colour agrees between the crops of one image more than
+between images (DINO would learn that agreement instead). How much of the area a figure covers does differ: with figures
+of half the area each, only their edges tell the classes apart, and nothing is learned in two minutes (measured: k-NN 41 %
+where these reach twice that).
 """
 
 from collections.abc import Callable
@@ -30,8 +32,7 @@ def centred(x: Tensor) -> Tensor:
     return x - x.round()
 
 
-# A texture is the signed distance from (p, q), in periods, to the edge of the figure: positive inside. The odd
-# constants make the figure half of the area.
+# A texture is the signed distance from (p, q), in periods, to the edge of the figure: positive inside.
 
 
 def stripes(p: Tensor, q: Tensor) -> Tensor:
@@ -44,15 +45,15 @@ def checks(p: Tensor, q: Tensor) -> Tensor:
 
 
 def discs(p: Tensor, q: Tensor) -> Tensor:
-    return 0.399 - torch.hypot(centred(p), centred(q))
+    return 0.3 - torch.hypot(centred(p), centred(q))
 
 
 def rings(p: Tensor, q: Tensor) -> Tensor:
-    return 0.124 - (torch.hypot(centred(p), centred(q)) - 0.32).abs()
+    return 0.07 - (torch.hypot(centred(p), centred(q)) - 0.33).abs()
 
 
 def grid(p: Tensor, q: Tensor) -> Tensor:
-    return torch.maximum(centred(p).abs(), centred(q).abs()) - 0.3536
+    return torch.maximum(centred(p).abs(), centred(q).abs()) - 0.43
 
 
 def bricks(p: Tensor, q: Tensor) -> Tensor:
@@ -60,16 +61,16 @@ def bricks(p: Tensor, q: Tensor) -> Tensor:
     row = (q / 0.75).round()
     along = 1.5 * centred(p / 1.5 + row / 2)
     across = 0.75 * centred(q / 0.75)
-    return torch.minimum(0.75 - along.abs(), 0.375 - across.abs()) - 0.1432
+    return torch.minimum(0.75 - along.abs(), 0.375 - across.abs()) - 0.06
 
 
 def zigzag(p: Tensor, q: Tensor) -> Tensor:
-    return (0.25 - centred(q + centred(p).abs()).abs()) / 2**0.5
+    return (0.2 - centred(q + centred(p).abs()).abs()) / 2**0.5
 
 
 def crosses(p: Tensor, q: Tensor) -> Tensor:
     a, b = centred(p).abs(), centred(q).abs()
-    return torch.minimum(0.193 - torch.minimum(a, b), 0.42 - torch.maximum(a, b))
+    return torch.minimum(0.1 - torch.minimum(a, b), 0.38 - torch.maximum(a, b))
 
 
 def cells(p: Tensor, q: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def cells(p: Tensor, q: Tensor) -> Tensor:
 
 def triangles(p: Tensor, q: Tensor) -> Tensor:
     height = centred(q) + 0.5
-    return torch.minimum((height / 2 - centred(p).abs()) / 1.25**0.5, 1 - height)
+    return torch.minimum((height / 2 - centred(p).abs()) / 1.25**0.5, 1 - height) - 0.05
 
 
 TEXTURES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (

@@ -1,0 +1,117 @@
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from dino.history import History
+from dino.journal import Interrupted, Journal, NonFiniteLoss, StopSignal
+from dino.logger import Loggers
+from dino.loss import DinoLoss
+from dino.scheduler import Values
+
+NOW = Values(learning_rate=1e-3, last_layer_learning_rate=1e-3, weight_decay=0.04, momentum=0.99, teacher_temp=0.04)
+
+
+class Spy:
+    def __init__(self):
+        self.logged = {}
+
+    run_id = None
+
+    def start(self, directory, config, resume_id):
+        pass
+
+    def log(self, metrics, step):
+        self.logged.setdefault(step, {}).update(metrics)
+
+    def finish(self):
+        pass
+
+
+def journal(tmp_path, stop=None, measured=(), **changes):
+    saved, spy, results = [], Spy(), iter(measured)
+    arguments = {
+        "directory": tmp_path,
+        "history": History({}),
+        "loggers": Loggers([spy]),
+        "loss": DinoLoss(4, ncrops=2),
+        "evaluate": lambda: next(results, {}),
+        "checkpoint": lambda iteration, metrics, best: saved.append((iteration, dict(metrics), best)),
+        "stop": stop or StopSignal(),
+        "start": 0,
+        "total_steps": 12,
+        "steps_per_epoch": 4,
+        "effective_batch": 8,
+        "log_every_steps": 5,
+    }
+    return Journal(**(arguments | changes)), saved, spy
+
+
+def walk(keeper, losses, start=0):
+    for step, loss in enumerate(losses, start):
+        keeper(step, NOW, torch.tensor(float(loss)), torch.tensor(2.0), torch.zeros(2, 4))
+    keeper.close()
+
+
+def test_steps_are_recorded_at_the_cadence_and_epochs_with_the_mean_of_all_their_losses(tmp_path):
+    keeper, _, spy = journal(tmp_path, evaluate_every_epochs=2, measured=[{"knn": 0.5}, {"knn": 0.25}])
+    walk(keeper, range(12))
+    history = History.load(tmp_path / "history.json")
+    assert history.get_iterations() == [1, 6, 11, 12]
+    assert history.get_metric("loss") == [0, 5, 10, 11]
+    assert history.get_metric("loss_over_ln_k") == pytest.approx([x / math.log(4) for x in (0, 5, 10, 11)])
+    assert history.get_metric("teacher_entropy") == pytest.approx([1, 1, 1, 1])
+    assert history.get_metric("loss", "epoch") == [1.5, 5.5, 9.5]
+    assert history.get_metric("knn", "epoch")[1:] == [0.5, 0.25]  # at epoch 2, and always at the end
+    assert math.isnan(history.get_metric("knn", "epoch")[0])
+    assert spy.logged[6]["loss"] == 5
+    assert spy.logged[12]["epoch/knn"] == 0.25
+
+
+def test_checkpoints_are_written_at_the_first_step_after_each_epoch_and_at_the_end_the_best_marked(tmp_path):
+    keeper, saved, _ = journal(tmp_path, measured=[{"knn": 0.5}, {"knn": 0.7}, {"knn": 0.6}], checkpoint_every_epochs=3)
+    walk(keeper, [1] * 12)
+    assert [(iteration, best) for iteration, _, best in saved] == [(1, False), (4, True), (8, True), (12, False)]
+    assert saved[-1][1]["last_knn"] == 0.6
+    assert saved[-1][1]["best_knn"] == 0.7
+
+
+def test_a_resumed_epoch_has_the_mean_of_the_whole_epoch(tmp_path):
+    whole, saved, _ = journal(tmp_path, checkpoint_every_minutes=1e-9)
+    walk(whole, [1, 2, 3, 4, 9, 9])
+    metrics = next(metrics for iteration, metrics, _ in saved if iteration == 2)
+    resumed, _, _ = journal(tmp_path / "resumed", start=2, metrics=metrics)
+    walk(resumed, [3, 4, 9], start=2)
+    assert resumed.history.get_metric("loss", "epoch") == [2.5]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_naming_its_step_before_anything_is_saved(tmp_path, value):
+    keeper, saved, _ = journal(tmp_path)
+    with pytest.raises(NonFiniteLoss, match=rf"the loss is {value} at step 4; the last good checkpoint is in"):
+        walk(keeper, [1, 1, 1, value, 1, 1])  # seen at the end of the epoch, one step before the log
+    keeper.close()
+    assert [iteration for iteration, *_ in saved] == [1]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_is_acted_on_after_the_step_with_a_checkpoint(tmp_path, signum):
+    before = signal.getsignal(signum)
+    with StopSignal() as stop:
+        keeper, saved, _ = journal(tmp_path, stop)
+        walk(keeper, [1, 1])
+        os.kill(os.getpid(), signum)
+        with pytest.raises(Interrupted, match=signum.name) as stopped:
+            keeper(2, NOW, torch.tensor(1.0), torch.tensor(2.0), torch.zeros(2, 4))
+    assert stopped.value.signum == signum
+    assert saved[-1][0] == 3
+    assert signal.getsignal(signum) == before
+
+
+def test_a_second_interrupt_stops_at_once():
+    with StopSignal():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
