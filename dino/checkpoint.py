@@ -100,6 +100,13 @@ def load_teacher(path: str | Path) -> DinoModel:
     return model.eval()
 
 
+def seed_all(seed: int) -> None:
+    """Seeds the generators that `rng_state` saves."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def rng_state() -> dict[str, Any]:
     """Every global random generator of this process, as plain values and tensors."""
     numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))

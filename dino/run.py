@@ -9,7 +9,7 @@ import torch
 
 from dino.augmentation import DINOTransform
 from dino.batches import Steps, accumulation_for, steps_of
-from dino.checkpoint import load_teacher
+from dino.checkpoint import load_teacher, seed_all
 from dino.device import autocast_for, choose_device, choose_precision, default_workers, describe
 from dino.loss import DinoLoss
 from dino.model import DinoModel, make_teacher
@@ -91,7 +91,7 @@ class Run:
         classes = self.train_set.classes
         labels = "unlabelled: no k-NN" if classes is None else f"{len(classes)} classes"
         backbone = self.student.backbone
-        backbone_size, head_size = _millions(backbone), _millions(self.student.projection_head)
+        backbone_size, head_size = _size(backbone), _size(self.student.projection_head)
         return "\n".join(
             [
                 f"backbone   {type(backbone).__name__}, {backbone_size} parameters; "
@@ -119,7 +119,7 @@ def assemble(config: dict[str, Any]) -> Run:
     steps_per_epoch, total_steps = steps_of(len(train_set), effective_batch, training["epochs"], training["max_steps"])
     transform = build(config["augmentation"])
 
-    torch.manual_seed(config["seed"])
+    seed_all(config["seed"])
     backbone = build(config["backbone"])
     head = build(config["head"], input_dim=backbone.output_dim)
     student = DinoModel(backbone, head)
@@ -168,5 +168,6 @@ def _initialise(student: DinoModel, source: str) -> None:
         raise Refused(f"init_from={source}: {words[:300]}; give a run of the same backbone and head.") from error
 
 
-def _millions(module: torch.nn.Module) -> str:
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
+def _size(module: torch.nn.Module) -> str:
+    count = sum(parameter.numel() for parameter in module.parameters())
+    return f"{count / 1e6:.1f} M" if count >= 100_000 else f"{count / 1e3:.1f} k"

@@ -131,7 +131,7 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
         log_every_steps=config["log_every_steps"],
         evaluate_every_epochs=config["evaluate_every_epochs"],
         checkpoint_every_epochs=config["checkpoint"]["every_epochs"],
-        checkpoint_every_minutes=config["checkpoint"]["every_minutes"],
+        checkpoint_every_minutes=float(config["checkpoint"]["every_minutes"]),
         metrics=state and state["metrics"],
     )
     if config["compile"]:

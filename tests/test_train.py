@@ -131,7 +131,7 @@ def test_four_batches_of_8_accumulated_take_the_step_of_one_batch_of_32():
         data = Textures("train", size=32, images=96)
         optimizer = torch.optim.SGD(parameter_groups(student, student.projection_head.last_layer), lr=1.0)
         steps = Steps(data, transform, batch_size, accumulation)
-        train(student, teacher, loss, steps, optimizer, constant(), accumulation=accumulation)
+        train(student, teacher, loss, steps, optimizer, constant(lr=0.01), accumulation=accumulation)
         assert len(steps) == 3
         return {
             **student.state_dict(),
@@ -283,7 +283,7 @@ def test_a_run_says_what_it_does_and_leaves_everything_behind(uninterrupted):
     assert done.returncode == 0, done.stderr
     run_directory = directory / "outputs" / "a"
     for words in (
-        "ViTTiny, 0.1 M parameters",
+        "ViTTiny, 22.0 k parameters",
         "96 images, 10 classes",
         "36 (12 an epoch)",
         "effective batch 8 = 8 images x 1",
