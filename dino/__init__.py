@@ -20,7 +20,6 @@ _HOME = {
     "update_teacher_EMA": "model",
     "parameter_groups": "optimizer",
     "Schedule": "scheduler",
-    "train": "train",
 }
 
 __all__ = list(_HOME)

@@ -43,8 +43,8 @@ def usable_cores() -> int:
 
 
 def default_workers(device: torch.device) -> int:
-    """Loader processes: none beside a CPU, whose cores the training itself uses (its threads wait for each other, so that
-    a core taken from them stalls all: measured, two workers beside two threads trained at 0.6 of the speed of none)."""
+    """Loader processes: none where the CPU trains. Its threads wait for each other at every operation, so that a core
+    taken from one stalls all (on two cores, one worker beside two threads made a step half as long again)."""
     return 0 if device.type == "cpu" else min(8, usable_cores())
 
 

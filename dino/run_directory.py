@@ -1,14 +1,18 @@
 """A run's directory: one process at a time, one configuration for ever."""
 
+import contextlib
 import fcntl
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from dino.node import Refused
+
+CONFIG = "config.yaml"
 
 # Keys that change no result: a run may be resumed with other values of these.
 FREE = (
@@ -23,47 +27,56 @@ FREE = (
 )
 
 
-def lock(directory: Path) -> IO[str]:
-    """Holds `directory` for this process until the returned file is closed or the process ends, however it ends.
+@contextlib.contextmanager
+def lock(directory: Path) -> Iterator[None]:
+    """Holds `directory` for this process until the block or the process ends, however it ends.
 
-    Raises Refused where another process holds it, naming its host and pid.
+    Raises Refused where another process holds it, naming its host and pid. A directory in which nothing was written (a
+    run that was refused) is taken away again.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    file = open(directory / ".lock", "a+")  # noqa: SIM115 - held until the caller closes it
+    path = directory / ".lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise Refused(
+                f"{directory} is in use by {holder}; wait for it, stop it, or give this run another name=."
+            ) from None
+        file.truncate(0)
+        file.write(f"{socket.gethostname()} pid {os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            if [*directory.iterdir()] == [path]:
+                path.unlink()
+                directory.rmdir()
+
+
+def check_claim(directory: Path, config: dict[str, Any]) -> None:
+    """Raises Refused where `directory` holds a run of other settings, listing the keys that differ."""
+    path = directory / CONFIG
+    if not path.exists():
+        return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise Refused(
-            f"{directory} is in use by {holder}; wait for it, stop it, or give this run another name=."
-        ) from None
-    file.truncate(0)
-    file.write(f"{socket.gethostname()} pid {os.getpid()}\n")
-    file.flush()
-    return file
+        before = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        before = None
+    if not isinstance(before, dict):
+        raise Refused(f"{path} cannot be read as YAML; mend it or move the directory away.")
+    if differing := differences(before, config):
+        listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in differing)
+        raise Refused(f"{directory} holds a run of other settings ({listed}); set them back, or give another name=.")
 
 
 def claim(directory: Path, config: dict[str, Any]) -> None:
-    """Writes config.yaml where there is none; else compares. Raises Refused, listing the keys that differ."""
-    path = directory / "config.yaml"
-    if path.exists():
-        try:
-            before = yaml.safe_load(path.read_text())
-        except yaml.YAMLError:
-            before = None
-        if not isinstance(before, dict):
-            raise Refused(f"{path} cannot be read as YAML; mend it or move the directory away.")
-        if differing := differences(before, config):
-            listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in differing)
-            raise Refused(
-                f"{directory} holds a run of other settings ({listed}); set them back, or give another name=."
-            )
-        return
-    temporary = path.with_suffix(".tmp")
+    """Writes what this run is made of, whole or not at all."""
+    temporary = directory / f".{CONFIG}.tmp"
     temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    temporary.replace(path)
+    temporary.replace(directory / CONFIG)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:

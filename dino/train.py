@@ -66,16 +66,15 @@ def run(config: dict[str, Any], directory: Path) -> float:
     """Trains what `config` says in `directory`, from where that stands; returns the last k-NN accuracy (NaN: none)."""
     from dino.checkpoint import load_checkpoint
     from dino.journal import StopSignal
-    from dino.run_directory import claim, lock
+    from dino.run_directory import check_claim, lock
 
-    with lock(directory), StopSignal() as stop:
-        claim(directory, config)
-        with _log_to(directory / "train.log"):
-            state = load_checkpoint(directory)
-            if state is not None and state["iteration"] >= state["total_steps"]:
-                log.info("%s is finished; change a setting, or give another name=, to train anew", directory)
-                return float(state["metrics"]["last_knn"])
-            return _go_on(config, directory, state, stop)
+    with lock(directory), StopSignal() as stop, _log_to(directory / "train.log"):
+        check_claim(directory, config)
+        state = load_checkpoint(directory)
+        if state is not None and state["iteration"] >= state["total_steps"]:
+            log.info("%s is finished; change a setting, or give another name=, to train anew", directory)
+            return float(state["metrics"]["last_knn"])
+        return _go_on(config, directory, state, stop)
 
 
 def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None, stop: Any) -> float:
@@ -85,9 +84,11 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     from dino.logger import Loggers
     from dino.node import build
     from dino.run import assemble
+    from dino.run_directory import claim
 
     started = time.monotonic()
     run = assemble(config)
+    claim(directory, config)  # not before: a config that can't be had leaves nothing behind
     log.info("%s\ndirectory  %s", run, directory)
     loggers = Loggers(list(build(config["logger"] or {}).values()))
     if state is None:
@@ -171,7 +172,7 @@ def _log_to(path: Path) -> Iterator[None]:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     package = logging.getLogger("dino")
-    terminal, file = logging.StreamHandler(sys.stderr), logging.FileHandler(path)
+    terminal, file = logging.StreamHandler(sys.stderr), logging.FileHandler(path, delay=True)
     formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     file.setFormatter(formatter)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from test_dataset import serve_cifar10
 from torch import nn
 
 from dino import DinoLoss, DinoModel, DinoProjectionHead, DINOTransform, Schedule, Steps, make_teacher, parameter_groups
@@ -208,25 +209,23 @@ WNIDS = [
 ]
 
 
-def cifar10(root):
-    """The batches of CIFAR-10 in torchvision's format, with noise in them."""
-    raise NotImplementedError
-
-
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: str(value))
 def test_every_yaml_trains_two_steps(group, option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    overrides = [*SMALL, f"{group}={option}"]
+    overrides = [*SMALL, f"{group}={option}", "training.effective_batch=null"]
     base = compose([f"{group}={option}"], "train", CONF)
     target = base["dataset"]["train"]["_target_"].rpartition(".")[2].lower()
     if target == "textures":
         overrides += ["dataset.train.images=24", "dataset.val.images=12"]
-    elif target == "cifar10":
-        pytest.skip("CIFAR-10's own files are read in test_dataset")
-    else:
-        root = tmp_path / base["dataset"]["root"] if base["dataset"]["root"] else tmp_path / "images"
-        overrides.append(f"dataset.root={stand_in(root, target)}")
+    elif target == "imagenette":
+        overrides.append("dataset.train.size=160px")
+    if target == "cifar10":
+        serve_cifar10(tmp_path / "images", "", monkeypatch)
+    elif target != "textures":
+        stand_in(tmp_path / "images", target)
+    if target != "textures":
+        overrides.append(f"dataset.root={tmp_path / 'images'}")
     config = compose(overrides, "train", CONF)
     knn = run(config, tmp_path / "run")
     labelled = group != "evaluator" or option == "knn"
