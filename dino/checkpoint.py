@@ -41,6 +41,17 @@ def save_checkpoint(directory: Path, state: dict[str, Any], keep: int = 2, best:
     return path
 
 
+def check_read_back(path: Path, state: dict[str, Any]) -> None:
+    """Raises Refused where the file at `path` does not give the student's weights of `state` back, bit for bit."""
+    try:
+        student = torch.load(path, map_location="cpu", weights_only=True)["student"]
+        same = all(torch.equal(student[name], value.cpu()) for name, value in state["student"].items())
+    except Exception as error:  # bytes that are no checkpoint can raise anything
+        raise Refused(f"{path} was written and cannot be read back ({error}); use another disk.") from error
+    if not same:
+        raise Refused(f"{path} was written and reads back other weights; use another disk.")
+
+
 def load_checkpoint(directory: Path) -> dict[str, Any] | None:
     """The newest whole checkpoint below `directory`, on the CPU; None where there is none yet.
 

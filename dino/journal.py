@@ -3,6 +3,7 @@
 import logging
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +96,8 @@ class Journal:
         }
         self.metrics = metrics or nothing_yet
         self.first_step, self.recent = start, list[Tensor]()
-        self.bar = tqdm(initial=start, total=total_steps, unit="step", dynamic_ncols=True, smoothing=0.05)
+        seconds = 0.1 if sys.stderr.isatty() else 30.0  # a log file is not a terminal
+        self.bar = tqdm(initial=start, total=total_steps, unit="step", dynamic_ncols=True, mininterval=seconds)
         self.last_save = self.last_flush = time.monotonic()
 
     def close(self) -> None:
@@ -145,7 +147,8 @@ class Journal:
         self.loggers.log(values, done)
         self.bar.set_postfix_str(
             f"loss {self.last_loss:.3f} ({relative:.2f} ln K), lr {now.learning_rate:.1e}, "
-            f"{images_per_second:.0f} img/s"
+            f"{images_per_second:.0f} img/s",
+            refresh=False,
         )
 
     def _look_at_losses(self, done: int) -> float:

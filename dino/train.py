@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from dino.config import command
 from dino.loss import DinoLoss
 from dino.model import DinoModel, update_teacher_EMA
+from dino.node import Refused, build
 from dino.optimizer import clip_gradients
 from dino.scheduler import Schedule
 
@@ -78,11 +79,10 @@ def run(config: dict[str, Any], directory: Path) -> float:
 
 
 def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None, stop: Any) -> float:
-    from dino.checkpoint import rng_state, save_checkpoint, save_teacher, set_rng_state
+    from dino.checkpoint import check_read_back, rng_state, save_checkpoint, save_teacher, set_rng_state
     from dino.history import History
     from dino.journal import Journal
     from dino.logger import Loggers
-    from dino.node import build
     from dino.run import assemble
     from dino.run_directory import claim
 
@@ -95,8 +95,12 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
         history, start = History(config), 0
         history.metadata["baselines"] = run.baselines()
     else:
-        history, start = History.resume(directory / "history.json", state["history"], config), state["iteration"]
+        try:
+            history = History.resume(directory / "history.json", state["history"], config)
+        except (OSError, ValueError) as error:
+            raise Refused(str(error)) from error
         run.load_state_dict(state)
+        start = state["iteration"]
         log.info("resumed at step %d", start)
     if baselines := history.metadata["baselines"]:
         log.info("k-NN to beat: raw pixels %.1f %%, untrained backbone %.1f %%", *(100 * a for a in baselines.values()))
@@ -113,7 +117,9 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
             "history": history.state_dict(),
             "wandb_run_id": loggers.run_id,
         }
-        save_checkpoint(directory, content, config["checkpoint"]["keep"], best)
+        path = save_checkpoint(directory, content, config["checkpoint"]["keep"], best)
+        if iteration == start + 1:
+            check_read_back(path, content)  # an odd disk shows now, not after ten hours
         size, mean, std = config["dataset"]["eval_size"], run.transform.mean, run.transform.std
         save_teacher(directory, run.teacher, config, {"size": size, "mean": mean, "std": std})
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from dino.backbone.vit_tiny import ViTTiny
 from dino.checkpoint import (
+    check_read_back,
     load_checkpoint,
     load_teacher,
     rng_state,
@@ -64,6 +65,17 @@ def test_when_all_are_broken_a_fresh_start_is_refused(tmp_path):
         save_checkpoint(tmp_path, state(iteration)).write_bytes(b"broken")
     with pytest.raises(ValueError, match="none of the 2 checkpoints in .* can be read; restore one"):
         load_checkpoint(tmp_path)
+
+
+def test_a_first_checkpoint_that_does_not_come_back_as_written_stops_the_run(tmp_path):
+    content = {"iteration": 1, "student": {"weight": torch.arange(3.0)}}
+    path = save_checkpoint(tmp_path, content)
+    check_read_back(path, content)
+    with pytest.raises(ValueError, match="reads back other weights"):
+        check_read_back(path, {"student": {"weight": torch.arange(3.0) + 1e-6}})
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read back"):
+        check_read_back(path, content)
 
 
 class Bomb:
