@@ -8,7 +8,7 @@ train: .venv/ready          ## the default run; make train ARGS="dataset=imagene
 	$(BIN)/python -m dino.train $(ARGS)
 
 test: .venv/ready           ## make test ARGS="tests/test_loss.py"
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -85,7 +85,7 @@ def _curve(axes: "matplotlib.axes.Axes", x: Any, y: Any, name: str, color: str) 
 
 
 def _against_baselines(axes: "matplotlib.axes.Axes", baselines: Mapping[str, float]) -> None:
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
     for color, (name, value) in enumerate(baselines.items(), start=1):
         axes.axhline(value, color=f"C{color}", linestyle="--", linewidth=1.2, label=f"{_label(name)}: {value:.1%}")
 

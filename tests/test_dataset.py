@@ -516,7 +516,7 @@ def test_datasets_travel_to_spawned_workers(tmp_path):
 def test_a_datasets_yaml_has_what_the_others_read_and_fits_its_class(path):
     config = OmegaConf.to_container(OmegaConf.create({"dataset": OmegaConf.load(path)}), resolve=True)["dataset"]
     expected = {"train", "val", "epochs", "global_size", "local_size", "global_scale", "local_scale", "out_dim"}
-    expected |= {"teacher_momentum", "eval_size", "evaluate_every_epochs"}
+    expected |= {"teacher_momentum", "eval_size", "evaluate_every_epochs", "num_local_views"}
     assert set(config) == expected | ({"root"} if "root" in config["train"] else set())
     for split in ("train", "val"):
         target, given = config[split].pop("_target_"), config[split]

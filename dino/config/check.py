@@ -69,6 +69,7 @@ OWN: dict[str, Rule] = {
     "dataset.epochs": _from(1),
     "dataset.global_size": _from(1),
     "dataset.local_size": _from(1),
+    "dataset.num_local_views": _from(0),
     "dataset.global_scale": Rule(tuple[float, float]),
     "dataset.local_scale": Rule(tuple[float, float]),
     "dataset.out_dim": _from(2),
