@@ -389,6 +389,7 @@ def test_eval_images_are_normalised_as_the_views_are():
 
 def test_the_yaml_names_every_argument_and_gives_the_default_except_for_what_the_dataset_decides():
     dataset = {"global_size": 32, "local_size": 16, "global_scale": [0.5, 1.0], "local_scale": [0.1, 0.5]}
+    dataset["num_local_views"] = 3
     loaded = OmegaConf.create({"dataset": dataset, "augmentation": OmegaConf.load(YAML)})
     values = OmegaConf.to_container(loaded, resolve=True)["augmentation"]
     assert values.pop("_target_") == "dino.augmentation.DINOTransform"

@@ -1,11 +1,11 @@
 """Ten classes of procedural texture, made in memory: the default run's data, with nothing to download.
 
 The texture is the only cue: angle, scale, phase, contrast, shading and which side of the texture is dark are drawn
-alike for every class, and all images are grey with the same mean luminance and, but for contrast, the same variance.
-So raw pixels say little of the class, and neither brightness nor colour agrees between the crops of one image more
-than between images (DINO would learn that agreement instead). How much of the area a figure covers does differ: with
-figures of half the area each, only their edges tell the classes apart, and little is learned in two minutes (measured:
-k-NN 41 % after three epochs, where these reach 74 % after one).
+alike for every class, and all images are grey with the same mean luminance (to a grey level) and, but for contrast,
+the same variance. So raw pixels say little of the class, and neither brightness nor colour agrees between the crops of
+one image more than between images (DINO would learn that agreement instead). How much of the area a figure covers does
+differ: with figures of half the area each, only their edges tell the classes apart, and little is learned in two
+minutes (measured: k-NN 41 % after three epochs, where these reach 74 % after one).
 """
 
 from collections.abc import Callable
