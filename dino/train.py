@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -52,7 +53,7 @@ def train(
             value = loss(student_out, teacher_out, now.teacher_temp) / accumulation
             scaler.scale(value).backward()
             total += value.detach()
-            teacher_means.append(teacher_out.float().mean(dim=0))
+            teacher_means.append(teacher_out.to(loss.center.dtype).mean(dim=0))
         scaler.unscale_(optimizer)
         gradient_norm = clip_gradients(student.parameters(), max_norm)
         scaler.step(optimizer)
@@ -202,7 +203,7 @@ def main(config: dict[str, Any], directory: Path) -> float:
     from dino.journal import Interrupted, NonFiniteLoss
 
     try:
-        return run(config, directory)
+        return run(config, Path(os.path.relpath(directory)))  # shorter to read, and the same place
     except Interrupted as stopped:
         print(f"{stopped}; the same command resumes", file=sys.stderr)
         sys.exit(128 + stopped.signum)

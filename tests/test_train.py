@@ -118,8 +118,8 @@ def test_three_steps_of_the_loop_are_algorithm_1_written_out():
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(parameter, s[name], rtol=1e-9, atol=1e-9, check_layout=False)
     for name, parameter in teacher.named_parameters():
-        torch.testing.assert_close(parameter, t[name], rtol=1e-7, atol=1e-7)  # the loop's means are in fp32
-    torch.testing.assert_close(loss.center, center, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(parameter, t[name], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(loss.center, center, rtol=1e-9, atol=1e-9)
 
 
 def test_four_batches_of_8_accumulated_take_the_step_of_one_batch_of_32():
