@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dino.augmentation import DINOTransform, collate_multi_crop
-from dino.node import Refused
+from dino.refused import Refused
 
 # One stream of random numbers for each use, so that no two uses ever share one.
 ORDER, GEOMETRY, PHOTOMETRY = 1, 2, 3

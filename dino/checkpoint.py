@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dino.model import DinoModel
-from dino.node import Refused
+from dino.refused import Refused
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"

@@ -10,11 +10,12 @@ import torch
 from dino.augmentation import DINOTransform
 from dino.batches import Steps, accumulation_for, steps_of
 from dino.checkpoint import load_teacher, seed_all
+from dino.config.node import build
 from dino.device import autocast_for, choose_device, choose_precision, default_workers, describe
 from dino.loss import DinoLoss
 from dino.model import DinoModel, make_teacher
-from dino.node import Refused, build
 from dino.optimizer import parameter_groups
+from dino.refused import Refused
 from dino.scheduler import Schedule
 
 SAVED = ("student", "teacher", "loss", "optimizer", "scaler")

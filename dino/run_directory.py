@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from dino.node import Refused
+from dino.refused import Refused
 
 CONFIG = "config.yaml"
 

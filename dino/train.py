@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dino.config import command
+from dino.config.node import build
 from dino.loss import DinoLoss
 from dino.model import DinoModel, update_teacher_EMA
-from dino.node import Refused, build
 from dino.optimizer import clip_gradients
+from dino.refused import Refused
 from dino.scheduler import Schedule
 
 log = logging.getLogger("dino.train")  # not __name__: that is __main__ under `python -m`

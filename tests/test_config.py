@@ -4,7 +4,7 @@ import pytest
 
 from dino.config import CONF, command, run_name
 from dino.config.composition import compose
-from dino.node import Refused
+from dino.refused import Refused
 
 NO_OPTION = "backbone has no option"
 ADAMW = "optimizer=adamw has no key"

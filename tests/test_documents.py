@@ -8,7 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from dino.config import CONF
-from dino.node import build
+from dino.config.node import build
 
 ROOT = Path(__file__).parents[1]
 

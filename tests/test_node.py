@@ -5,7 +5,8 @@ from typing import Literal
 
 import pytest
 
-from dino.node import Misfit, Refused, build, fitted, misfits
+from dino.config.node import Misfit, build, fitted, misfits
+from dino.refused import Refused
 
 
 class Part:

@@ -26,7 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dino.config.check import check, warnings_of
 from dino.config.composition import compose, composed, plain
-from dino.node import Refused, build
+from dino.config.node import build
+from dino.refused import Refused
 
 __all__ = ["CONF", "Refused", "build", "command", "compose", "run_name"]
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from dino.config.machine import check_machine
+from dino.config.node import Misfit, Problems, did_you_mean, fitted, is_node, misfits, shown, value_at
 from dino.config.trial import LATE, processes, try_parts
-from dino.node import Misfit, Problems, did_you_mean, fitted, is_node, misfits, shown, value_at
 
 
 class Rule(NamedTuple):

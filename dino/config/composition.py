@@ -13,7 +13,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from dino.node import Refused, did_you_mean, ended, shown
+from dino.config.node import did_you_mean, ended, shown
+from dino.refused import Refused
 
 # Hydra has plain ValueErrors and TypeErrors too, for an override of a wrong kind (backbone=1).
 FAILURES = (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError)

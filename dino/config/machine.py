@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dino.node import Problems, shown, value_at
+from dino.config.node import Problems, shown, value_at
 
 
 def check_machine(config: Mapping[str, Any], problems: Problems, parameters: int) -> None:

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dino.node import (
-    Misfit,
+from dino.config.node import (
     Problems,
     annotations,
     build,
-    fitted,
+    fitted_or_left,
     is_node,
     locate,
     sentence,
@@ -171,7 +170,10 @@ def _attempt(
     def make(arguments: Mapping[str, Any]) -> Any:
         with within():
             made = target(
-                **{k: fresh[k]() if k in fresh else build(_fit(v, hints.get(k, Any))) for k, v in arguments.items()}
+                **{
+                    k: fresh[k]() if k in fresh else build(fitted_or_left(v, hints.get(k, Any)))
+                    for k, v in arguments.items()
+                }
             )
             after(made)
         return made
@@ -252,10 +254,3 @@ def _words(error: Exception, name: str) -> str:
 def _needs_weights(error: Exception) -> bool:
     """Torch's complaint of an operation that a tensor without memory can't do: nothing is known then."""
     return isinstance(error, RuntimeError) and "meta" in str(error).lower()
-
-
-def _fit(value: Any, hint: Any) -> Any:
-    try:
-        return fitted(value, hint)
-    except Misfit:
-        return value

@@ -14,13 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, Literal, Union
 
-
-class Refused(ValueError):
-    """What the user asked for cannot be done. `problems`: sentences, the key first; printed one a line."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+from dino.refused import Refused
 
 
 class Misfit(TypeError):
@@ -129,36 +123,44 @@ def misfits(path: str, node: Mapping[str, Any], late: Collection[str] = ()) -> I
 
 
 def build(node: Any, **late: Any) -> Any:
-    """The object that `node` describes, nested ones first; lists become tuples and ints floats where so annotated.
+    """The object that `node` describes, by hydra.utils.instantiate; lists become tuples, ints floats as annotated.
 
-    `late`: arguments known only to the run. With `_partial_: true` and none of them: a functools.partial that waits.
-    Whatever has no `_target_` comes back as it is, with the nodes inside it built. Raises Refused where a constructor
-    objects.
+    `late`: arguments known only to the run. With `_partial_: true` and no late ones: a functools.partial that waits for
+    them. A dict without `_target_` comes back with its nodes built. Raises Refused where a constructor objects.
     """
-    if isinstance(node, list | tuple):
-        return type(node)(build(item) for item in node)
-    if not isinstance(node, dict):
-        return node
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
     if not is_node(node):
-        return {key: build(value) for key, value in node.items()}
+        return {key: build(value) for key, value in node.items()} if isinstance(node, dict) else node
     name = str(node["_target_"]).rpartition(".")[2]
     try:
-        target = locate(node["_target_"])
-        hints = annotations(target)
-        arguments = {
-            k: build(fitted(v, hints.get(k, Any))) for k, v in node.items() if k not in ("_target_", "_partial_")
-        }
+        hints = annotations(locate(node["_target_"]))
+        nested = {key: build(value) for key, value in node.items() if is_node(value)}
+        make = instantiate({**node, **dict.fromkeys(nested), "_partial_": True}, _convert_="all")
+        given = {**make.keywords, **nested, **late}
+        arguments = {key: fitted_or_left(value, hints.get(key, Any)) for key, value in given.items()}
         if node.get("_partial_", False) and not late:
-            return functools.partial(target, **arguments)
-        return target(**arguments, **{k: _as_float(v, hints.get(k, Any)) for k, v in late.items()})
+            return functools.partial(make.func, **arguments)
+        return make.func(**arguments)
     except Refused:
         raise
+    except InstantiationException as error:  # from a node inside this one
+        raise Refused(sentence(name, error.__cause__ or error)) from error
     except (ValueError, TypeError, OSError, ImportError, MemoryError, OverflowError) as error:
         raise Refused(sentence(name, error)) from error
     except RuntimeError as error:
         if "allocate" in str(error):  # torch's words for a lack of memory
             raise Refused(sentence(name, error)) from error
         raise
+
+
+def fitted_or_left(value: Any, hint: Any) -> Any:
+    """As `fitted`, and as it is where it does not fit: then the constructor has the word."""
+    try:
+        return fitted(value, hint)
+    except Misfit:
+        return value
 
 
 def sentence(name: str, error: BaseException) -> str:
@@ -276,11 +278,6 @@ def _each(values: Sequence[Any], hints: list[Any], whole: Any) -> list[Any]:
         return [fitted(value, hint) for value, hint in zip(values, hints, strict=True)]
     except Misfit:
         raise Misfit(described(whole)) from None
-
-
-def _as_float(value: Any, hint: Any) -> Any:
-    """Late arguments are objects of the run; but a YAML `1` may be among them where a float is annotated."""
-    return fitted(value, hint) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class Problems(dict[str, str]):
