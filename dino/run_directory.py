@@ -14,8 +14,9 @@ from dino.refused import Refused
 
 CONFIG = "config.yaml"
 
-# Keys that change no result: a run may be resumed with other values of these.
+# Keys that change no result: with other values of these it is the same run, in the same directory.
 FREE = (
+    "hydra",
     "name",
     "device",
     "logger",
@@ -79,13 +80,17 @@ def claim(directory: Path, config: dict[str, Any]) -> None:
     temporary.replace(directory / CONFIG)
 
 
+def changes_no_result(key: str) -> bool:
+    return any(key == free or key.startswith((f"{free}.", f"{free}/")) for free in FREE)
+
+
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(key, value before, value now) of every setting that differs, but for those that change no result."""
     old, new = dict(_flat(before)), dict(_flat(now))
     return [
         (key, old.get(key, "unset"), new.get(key, "unset"))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key, "unset") != new.get(key, "unset") and not any(key == f or key.startswith(f + ".") for f in FREE)
+        if old.get(key, "unset") != new.get(key, "unset") and not changes_no_result(key)
     ]
 
 

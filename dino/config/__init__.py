@@ -28,16 +28,13 @@ from dino.config.check import check, warnings_of
 from dino.config.composition import compose, composed, plain
 from dino.config.node import build
 from dino.refused import Refused
+from dino.run_directory import changes_no_result
 
 __all__ = ["CONF", "Refused", "build", "command", "compose", "run_name"]
 
 INSIDE = Path(__file__).resolve().parents[1] / "conf"
 CONF = INSIDE if INSIDE.is_dir() else INSIDE.parent.parent / "conf"  # in a wheel, in a checkout
 
-# Keys that change no result: with other values of these it is the same run, in the same directory.
-NAMELESS = re.compile(
-    r"name|device|logger(\..*)?|hydra[./].*|checkpoint\..*|log_every_steps|evaluate_every_epochs|training\.num_workers"
-)
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # as the user set it; `command` sets it for hydra
 LONGEST_NAME = 200  # bytes; file systems take 255, and files beside it may want a suffix
 
@@ -52,7 +49,7 @@ def run_name(overrides: Sequence[str], name: str | int | None = None) -> str:
         key, _, value = override.lstrip("+").partition("=")
         if key == "name":
             name = None if value == "null" else value.strip("\"'")
-        elif not NAMELESS.fullmatch(key.lstrip("~")):
+        elif not changes_no_result(key.lstrip("~")):
             kept[key] = override.lstrip("+")
     text = ",".join(sorted(kept.values())) if name is None else str(name)
     safe = re.sub(r"[^\w.,=+:@~\[\]-]+", "_", text).lstrip(".") or "default"
