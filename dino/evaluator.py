@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino.augmentation import EvalTransform
 
+log = logging.getLogger(__name__)
 Features = tuple[Float[Tensor, "images dim"], Int[Tensor, " images"]]
 Bank = tuple[Float[Tensor, "bank dim"], Int[Tensor, " bank"]]
 
@@ -61,6 +63,7 @@ class KNN:
         """What must be beaten: k-NN on raw pixels, and on the untrained `backbone` with calibrated batch norms."""
         if train.classes is None or val.classes is None:
             return {}
+        log.info("measuring raw pixels and the untrained backbone, %d images each", len(train) + len(val))
         rest = (train, val, device, autocast, num_workers)
         images = (views for views, _ in self._batches(train, num_workers, shuffle=True))
         calibrated = calibrate(backbone, (self.transform.normalise(batch.to(device)) for batch in images), autocast)
