@@ -44,7 +44,7 @@ def usable_cores() -> int:
 
 def default_workers(device: torch.device) -> int:
     """Loader processes: none where the CPU trains. Its threads wait for each other at every operation, so that a core
-    taken from one stalls all (on two cores, one worker beside two threads made a step half as long again)."""
+    taken from one stalls all (on two cores, one worker beside two threads: 75 images/s, where none gave 101)."""
     return 0 if device.type == "cpu" else min(8, usable_cores())
 
 
