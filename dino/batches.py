@@ -38,12 +38,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     def __init__(self, images: int, batch_size: int, accumulation: int, seed: int, start: int, end: int) -> None:
         self.images, self.batch_size, self.accumulation = images, batch_size, accumulation
         self.seed, self.start, self.end = seed, start, end
-        self.steps_per_epoch = images // (batch_size * accumulation)
-        if self.steps_per_epoch == 0:
-            raise Refused(
-                f"one step takes {batch_size * accumulation} images (batch_size {batch_size} x {accumulation} passes), "
-                f"and the dataset has {images}: lower training.batch_size or the accumulation."
-            )
+        self.steps_per_epoch = steps_in_epoch(images, batch_size, accumulation)
 
     def __len__(self) -> int:
         return (self.end - self.start) * self.accumulation
@@ -78,7 +73,7 @@ class Steps:
         num_workers: int = 0,
     ) -> None:
         self.transform, self.accumulation, self.seed, self.device = transform, accumulation, seed, torch.device(device)
-        end = len(dataset) // (batch_size * accumulation) if end is None else end
+        end = steps_in_epoch(len(dataset), batch_size, accumulation) if end is None else end
         self.sampler = StepSampler(len(dataset), batch_size, accumulation, seed, start, end)
         self.loader = DataLoader(
             MultiCropDataset(dataset, transform, seed),
@@ -102,6 +97,16 @@ class Steps:
             views, _ = next(batches)
             views = [view.to(self.device, non_blocking=True) for view in views]
             yield self.transform.augment(views, seed=(self.seed, PHOTOMETRY, step), start=part * len(views[0]))
+
+
+def steps_in_epoch(images: int, batch_size: int, accumulation: int) -> int:
+    """Raises Refused where the images do not fill one step."""
+    if images < batch_size * accumulation:
+        raise Refused(
+            f"one step takes {batch_size * accumulation} images (batch_size {batch_size} x {accumulation} passes), "
+            f"and the dataset has {images}: lower training.batch_size or the accumulation."
+        )
+    return images // (batch_size * accumulation)
 
 
 def accumulation_for(batch_size: int, passes: int, effective_batch: int | None, processes: int = 1) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dino.augmentation import DINOTransform
-from dino.batches import Steps, accumulation_for, steps_of
+from dino.batches import Steps, accumulation_for, steps_in_epoch, steps_of
 from dino.checkpoint import load_teacher, seed_all
 from dino.config.node import build
 from dino.device import autocast_for, choose_device, choose_precision, default_workers, describe
@@ -117,6 +117,7 @@ def assemble(config: dict[str, Any]) -> Run:
         training["batch_size"], training["gradient_accumulation_steps"], training["effective_batch"]
     )
     effective_batch = training["batch_size"] * accumulation
+    steps_in_epoch(len(train_set), training["batch_size"], accumulation)  # refuses too few images before any is used
     steps_per_epoch, total_steps = steps_of(len(train_set), effective_batch, training["epochs"], training["max_steps"])
     transform = build(config["augmentation"])
 

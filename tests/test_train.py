@@ -375,6 +375,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step_and_keeps_the_c
     assert kept["iteration"] == 1
 
 
+def test_a_step_larger_than_the_data_is_refused_and_leaves_nothing(tmp_path):
+    refused = program(*TINY, "training.batch_size=128", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "one step takes 128 images (batch_size 128 x 1 passes), and the dataset has 96" in refused.stderr
+    assert not [*tmp_path.rglob("config.yaml")]
+
+
 def test_unlabelled_images_train_without_knn_saying_so(tmp_path):
     images = stand_in(tmp_path, "folder", per_class=12)
     flat = tmp_path / "flat"

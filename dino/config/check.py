@@ -1,7 +1,7 @@
 """check(config): everything that is wrong with a config, at once, in sentences, before any data or model work.
 
-Names and types come from the signatures (dino/node.py), value rules from the constructors, which are tried without
-weights; here stand the types of conf/train.yaml's own keys and the rules between parts.
+Names and types come from the signatures (dino/config/node.py), value rules from the constructors, which are tried
+without weights; here stand the types of conf/train.yaml's own keys and the rules between parts.
 """
 
 import re
