@@ -33,6 +33,8 @@ class Interrupted(Exception):
 class NonFiniteLoss(ArithmeticError):
     """The loss is NaN or infinite: training cannot go on from here."""
 
+    exit_status = 3
+
 
 class StopSignal:
     """Turns SIGTERM, SIGINT and SIGUSR2 into a flag, looked at after each step; a second SIGINT stops at once."""

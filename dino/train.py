@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -199,19 +200,23 @@ def _log_to(path: Path) -> Iterator[None]:
         file.close()
 
 
-@command("train")
-def main(config: dict[str, Any], directory: Path) -> float:
-    from dino.journal import Interrupted, NonFiniteLoss
+def attempt(config: dict[str, Any], directory: Path) -> float:
+    """`run`, as a program: a signal ends it with status 128 + its number, after handing it on.
+
+    Whoever handled SIGUSR2 before us (submitit) is told only now, when the checkpoint is written: it requeues the job.
+    """
+    from dino.journal import Interrupted
 
     try:
         return run(config, Path(os.path.relpath(directory)))  # shorter to read, and the same place
     except Interrupted as stopped:
-        print(f"{stopped}; the same command resumes", file=sys.stderr)
+        print(f"{stopped}; the same command resumes", file=sys.stderr, flush=True)
+        if callable(signal.getsignal(signal.SIGUSR2)):
+            signal.raise_signal(signal.SIGUSR2)
         sys.exit(128 + stopped.signum)
-    except NonFiniteLoss as error:
-        print(error, file=sys.stderr)
-        sys.exit(3)
 
+
+main = command("train")(attempt)
 
 if __name__ == "__main__":
     main()
