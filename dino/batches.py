@@ -30,15 +30,26 @@ class MultiCropDataset(Dataset[tuple[list[Tensor], int]]):
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """The (epoch, index) keys of every forward pass from step `start` to step `end`, `accumulation` passes a step.
+    """The (epoch, index) keys of this process's forward passes from step `start` to step `end`.
 
     Each epoch is a permutation made of (seed, epoch); the images that do not fill a step are left out of that epoch.
+    A step takes the next accumulation x world_size x batch_size of them, whoever they go to: the processes take turns.
     """
 
-    def __init__(self, images: int, batch_size: int, accumulation: int, seed: int, start: int, end: int) -> None:
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        accumulation: int,
+        seed: int,
+        start: int,
+        end: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.images, self.batch_size, self.accumulation = images, batch_size, accumulation
-        self.seed, self.start, self.end = seed, start, end
-        self.steps_per_epoch = steps_in_epoch(images, batch_size, accumulation)
+        self.seed, self.start, self.end, self.rank, self.world_size = seed, start, end, rank, world_size
+        self.steps_per_epoch = steps_in_epoch(images, batch_size, accumulation * world_size)
 
     def __len__(self) -> int:
         return (self.end - self.start) * self.accumulation
@@ -48,9 +59,14 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
             if step == self.start or step_of_epoch == 0:
                 order = np.random.default_rng([self.seed, ORDER, epoch]).permutation(self.images)
-            first = step_of_epoch * self.accumulation * self.batch_size
-            for at in range(first, first + self.accumulation * self.batch_size, self.batch_size):
+            first = step_of_epoch * self.accumulation * self.world_size * self.batch_size
+            for part in range(self.accumulation):
+                at = first + self.position(part)
                 yield [(epoch, int(index)) for index in order[at : at + self.batch_size]]
+
+    def position(self, part: int) -> int:
+        """Where in its step this process's part begins."""
+        return (part * self.world_size + self.rank) * self.batch_size
 
 
 class Steps:
@@ -71,10 +87,12 @@ class Steps:
         end: int | None = None,
         device: torch.device | str = "cpu",
         num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.transform, self.accumulation, self.seed, self.device = transform, accumulation, seed, torch.device(device)
-        end = steps_in_epoch(len(dataset), batch_size, accumulation) if end is None else end
-        self.sampler = StepSampler(len(dataset), batch_size, accumulation, seed, start, end)
+        end = steps_in_epoch(len(dataset), batch_size, accumulation * world_size) if end is None else end
+        self.sampler = StepSampler(len(dataset), batch_size, accumulation, seed, start, end, rank, world_size)
         self.loader = DataLoader(
             MultiCropDataset(dataset, transform, seed),
             batch_sampler=self.sampler,
@@ -96,30 +114,31 @@ class Steps:
         for part in range(self.accumulation):
             views, _ = next(batches)
             views = [view.to(self.device, non_blocking=True) for view in views]
-            yield self.transform.augment(views, seed=(self.seed, PHOTOMETRY, step), start=part * len(views[0]))
+            start = self.sampler.position(part)
+            yield self.transform.augment(views, seed=(self.seed, PHOTOMETRY, step), start=start)
 
 
-def steps_in_epoch(images: int, batch_size: int, accumulation: int) -> int:
-    """Raises Refused where the images do not fill one step."""
-    if images < batch_size * accumulation:
+def steps_in_epoch(images: int, batch_size: int, passes: int) -> int:
+    """`passes`: forward passes of a step, by all processes. Raises Refused where the images do not fill one step."""
+    if images < batch_size * passes:
         raise Refused(
-            f"one step takes {batch_size * accumulation} images (batch_size {batch_size} x {accumulation} passes), "
+            f"one step takes {batch_size * passes} images (batch_size {batch_size} x {passes} passes), "
             f"and the dataset has {images}: lower training.batch_size or the accumulation."
         )
-    return images // (batch_size * accumulation)
+    return images // (batch_size * passes)
 
 
-def accumulation_for(batch_size: int, passes: int, effective_batch: int | None, processes: int = 1) -> int:
-    """Forward passes to one update: `passes`, or as many as make up `effective_batch` where that is set."""
+def accumulation_for(batch_size: int, passes: int, effective_batch: int | None, world_size: int = 1) -> int:
+    """Forward passes of each process to one update: `passes`, or what makes up `effective_batch` where that is set."""
     if effective_batch is None:
         return passes
-    if effective_batch % (batch_size * processes):
-        nearest = batch_size * processes * max(1, round(effective_batch / (batch_size * processes)))
+    if effective_batch % (batch_size * world_size):
+        nearest = batch_size * world_size * max(1, round(effective_batch / (batch_size * world_size)))
         raise Refused(
-            f"training.effective_batch must be a multiple of batch_size x processes = {batch_size} x {processes}, "
+            f"training.effective_batch must be a multiple of batch_size x processes = {batch_size} x {world_size}, "
             f"got {effective_batch}; {nearest} would do, or another training.batch_size."
         )
-    return effective_batch // (batch_size * processes)
+    return effective_batch // (batch_size * world_size)
 
 
 def steps_of(images: int, effective_batch: int, epochs: int, max_steps: int | None) -> tuple[int, int]:

@@ -8,16 +8,19 @@ from typing import Any
 
 import torch
 
+from dino.distributed import place
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """auto: CUDA, else Apple's MPS, else the CPU. Of several processes on one machine, each takes its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and place().world_size > 1:
+        # SLURM may show each process its own GPU alone, which is then the first.
+        return torch.device("cuda", place().local_rank % torch.cuda.device_count())
+    return torch.device(name)
 
 
 def choose_precision(name: str, device: torch.device) -> str:

@@ -8,12 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from dino.augmentation import EvalTransform
+from dino.distributed import gathered, my_share
 
 log = logging.getLogger(__name__)
 Features = tuple[Float[Tensor, "images dim"], Int[Tensor, " images"]]
@@ -45,11 +46,13 @@ class KNN:
         was_training = {module: module.training for module in backbone.modules()}
         backbone.eval()
         try:
-            bank, queries = (self._features(backbone, data, device, autocast, num_workers) for data in (train, val))
+            mine, queries = (self._features(backbone, data, device, autocast, num_workers) for data in (train, val))
         finally:
             for module, training in was_training.items():
                 module.training = training
-        return {"knn": knn_accuracy(bank, queries, self.k, self.temperature)}
+        bank = (gathered(mine[0], len(train)), gathered(mine[1], len(train)))
+        hits = knn_hits(bank, queries, self.k, self.temperature)
+        return {"knn": gathered(hits.to(torch.uint8), len(val)).sum().item() / len(val)}
 
     def baselines(
         self,
@@ -73,8 +76,9 @@ class KNN:
     def _features(
         self, backbone: nn.Module, data: Any, device: Any, autocast: Callable[[], Any], num_workers: int
     ) -> Features:
+        """Of this process's share of `data`."""
         features, labels = [], []
-        for images, targets in self._batches(data, num_workers):
+        for images, targets in self._batches(Subset(data, my_share(len(data))), num_workers):
             with autocast():
                 out = backbone(self.transform.normalise(images.to(device, non_blocking=True)))
             features.append(out.float())
@@ -113,20 +117,22 @@ class RawPixels(nn.Module):
         return small - small.mean(dim=1, keepdim=True)
 
 
-def knn_accuracy(bank: Bank, queries: Features, k: int = 20, temperature: float = 0.07, chunk: int = 1024) -> float:
-    """Share of `queries` whose label wins the weighted vote of their k nearest in `bank`; in chunks of queries.
+def knn_hits(
+    bank: Bank, queries: Features, k: int = 20, temperature: float = 0.07, chunk: int = 1024
+) -> Bool[Tensor, " images"]:
+    """Of which `queries` the label wins the weighted vote of their k nearest in `bank`; in chunks of queries.
 
     Ties go to the smaller label. `k` is cut to the size of the bank.
     """
     bank_features, bank_labels = F.normalize(bank[0], dim=1), bank[1]
     classes = int(torch.maximum(bank_labels.max(), queries[1].max())) + 1
-    right = torch.zeros((), dtype=torch.long, device=bank_labels.device)
+    hits = []
     for features, labels in zip(torch.split(queries[0], chunk), torch.split(queries[1], chunk), strict=True):
         similarity, neighbour = (F.normalize(features, dim=1) @ bank_features.T).topk(min(k, len(bank_features)), dim=1)
         votes = torch.zeros(len(features), classes, device=features.device)
         votes.scatter_add_(1, bank_labels[neighbour], (similarity / temperature).exp())
-        right += (votes.argmax(dim=1) == labels).sum()
-    return right.item() / len(queries[1])
+        hits.append(votes.argmax(dim=1) == labels)
+    return torch.cat(hits)
 
 
 @torch.no_grad()

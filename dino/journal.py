@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dino.distributed import averaged, largest, place
 from dino.history import History
 from dino.logger import Loggers
 from dino.loss import DinoLoss
@@ -37,7 +38,10 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGINT and SIGUSR2 into a flag, looked at after each step; a second SIGINT stops at once."""
+    """Turns SIGTERM, SIGINT and SIGUSR2 into a flag, looked at after each step.
+
+    A second SIGINT stops at once, where there is one process alone.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -54,7 +58,8 @@ class StopSignal:
 
     def _note(self, signum: int, _: FrameType | None) -> None:
         self.signum = signum
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if place().world_size == 1:  # torchrun passes on the terminal's SIGINT, which its processes have had already
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Journal:
@@ -63,6 +68,7 @@ class Journal:
     evaluate: () -> metrics of the teacher now, {} where there is nothing to measure.
     checkpoint: (iteration, the journal's own state, whether it is the best by k-NN) -> None.
     Numbers stay on the device between log steps, so that a GPU is not waited for; every loss is looked at all the same.
+    With several processes each has a journal, and all decide the same at the same step; `writes` is true in one.
     """
 
     def __init__(
@@ -83,8 +89,10 @@ class Journal:
         checkpoint_every_epochs: int = 1,
         checkpoint_every_minutes: float = 15.0,
         metrics: dict[str, Any] | None = None,
+        writes: bool = True,
     ) -> None:
         self.directory, self.history, self.loggers, self.loss = directory, history, loggers, loss
+        self.writes = writes
         self.evaluate, self.checkpoint, self.stop = evaluate, checkpoint, stop
         self.total_steps, self.steps_per_epoch, self.effective_batch = total_steps, steps_per_epoch, effective_batch
         self.log_every_steps, self.evaluate_every_epochs = log_every_steps, evaluate_every_epochs
@@ -99,7 +107,14 @@ class Journal:
         self.metrics = metrics or nothing_yet
         self.first_step, self.recent = start, list[Tensor]()
         seconds = 0.1 if sys.stderr.isatty() else 30.0  # a log file is not a terminal
-        self.bar = tqdm(initial=start, total=total_steps, unit="step", dynamic_ncols=True, mininterval=seconds)
+        self.bar = tqdm(
+            initial=start,
+            total=total_steps,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=seconds,
+            disable=not writes,
+        )
         self.last_save = self.last_flush = time.monotonic()
 
     def close(self) -> None:
@@ -116,16 +131,19 @@ class Journal:
         best = (at_epoch_end or at_end) and self._end_of_epoch(done)
         epoch = done // self.steps_per_epoch
         minutes = (time.monotonic() - self.last_save) / 60
+        # A signal may reach one process alone, and clocks differ: all must do the same.
+        signum, overdue = largest(self.stop.signum or 0, minutes >= self.checkpoint_every_minutes)
         if (
             at_end
             or step == self.first_step  # a full or odd disk shows at once
-            or minutes >= self.checkpoint_every_minutes
+            or overdue
             or (at_epoch_end and (best or epoch % self.checkpoint_every_epochs == 0))
-            or self.stop.signum is not None
+            or signum
         ):
             self._save(done, best)
-        if self.stop.signum is not None:
-            raise Interrupted(self.stop.signum)
+        if signum:
+            largest(0)  # until the checkpoint is written: a launcher ends all when one process ends
+            raise Interrupted(signum)
 
     def _record(self, done: int, now: Values, gradient_norm: Tensor, teacher: Tensor) -> None:
         images_per_second = self._look_at_losses(done)
@@ -145,7 +163,7 @@ class Journal:
             "images_per_second": images_per_second,
         }
         self.history.record_iteration(done, **values)
-        self.history.save(self.directory / "history.json")
+        self._write_history()
         self.loggers.log(values, done)
         self.bar.set_postfix_str(
             f"loss {self.last_loss:.3f} ({relative:.2f} ln K), lr {now.learning_rate:.1e}, "
@@ -155,7 +173,7 @@ class Journal:
 
     def _look_at_losses(self, done: int) -> float:
         """Fetches the losses since the last look; returns images per second since then."""
-        losses = torch.stack(self.recent).tolist()
+        losses = averaged(torch.stack(self.recent)).tolist()
         for ago, value in enumerate(reversed(losses)):
             if not math.isfinite(value):
                 raise NonFiniteLoss(
@@ -195,15 +213,21 @@ class Journal:
             self.metrics["last_knn"] = measured["knn"]
             self.metrics["best_knn"] = max(self.metrics["best_knn"], measured["knn"])
         if measured or done == self.total_steps:
-            self.history.save(self.directory / "history.json")
-            self.history.plot_all("iteration", self.directory / "plots")
-            self.history.plot_all("epoch", self.directory / "plots")
+            self._write_history(plots=True)
         self.last_flush = time.monotonic()
         return best
 
     def _save(self, done: int, best: bool) -> None:
         if self.recent:
             self._look_at_losses(done)  # never save over a good checkpoint what is not finite
-        self.history.save(self.directory / "history.json")
+        self._write_history()
         self.checkpoint(done, self.metrics, best)
         self.last_save = self.last_flush = time.monotonic()
+
+    def _write_history(self, plots: bool = False) -> None:
+        if not self.writes:
+            return
+        self.history.save(self.directory / "history.json")
+        if plots:
+            self.history.plot_all("iteration", self.directory / "plots")
+            self.history.plot_all("epoch", self.directory / "plots")

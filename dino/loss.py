@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dino.distributed import averaged
+
 
 class DinoLoss(nn.Module):
     """Mean cross-entropy of every student view against every *other* global view of the teacher.
@@ -65,8 +67,9 @@ class DinoLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher: Float[Tensor, "rows out_dim"]) -> None:
-        """Eq. 4. `teacher`: all teacher logits of a step, or the means of its equal parts, one a row."""
-        self.center.lerp_(_at_least_fp32(teacher).mean(dim=0, keepdim=True).to(self.center), 1 - self.center_momentum)
+        """Eq. 4, over all processes. `teacher`: their logits of a step, or the means of its equal parts, one a row."""
+        mean = averaged(_at_least_fp32(teacher).mean(dim=0, keepdim=True).to(self.center))
+        self.center.lerp_(mean, 1 - self.center_momentum)
 
     @torch.no_grad()
     def entropies(
@@ -74,11 +77,12 @@ class DinoLoss(nn.Module):
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """(mean entropy of the teacher's outputs, entropy of their mean), both over ln K: 1 is uniform.
 
+        `teacher` holds this process's outputs; the figures are of all processes'.
         Collapse to uniform: the first is at 1. Collapse to one prototype: the second is at 0 (Sec. 5.3).
         """
         p = self._probabilities(teacher, teacher_temp)
-        mean = p.mean(dim=0)
-        of_each = -torch.xlogy(p, p).sum(dim=-1).mean()
+        mean = averaged(p.mean(dim=0))
+        of_each = averaged(-torch.xlogy(p, p).sum(dim=-1).mean())
         return of_each / math.log(self.out_dim), -torch.xlogy(mean, mean).sum() / math.log(self.out_dim)
 
     def _probabilities(self, teacher: Tensor, teacher_temp: float | None) -> Tensor:

@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dino.distributed import whole
+
 
 class DinoModel(nn.Module):
     """g = h(f(x)): a backbone (images to [B, D]) and a projection head ([B, D] to [B, K])."""
@@ -81,12 +83,12 @@ def teacher_mode(teacher: nn.Module) -> None:
 def update_teacher_EMA(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
     """teacher = momentum * teacher + (1 - momentum) * student, for every parameter, in place; once a step.
 
-    Parameters only. The buffers of batch norm are left alone: the teacher's statistics are its own, counted in its
-    own forward passes on the global views, as in the authors' code.
+    Parameters only (of a sharded student made whole). The buffers of batch norm are left alone: the teacher's
+    statistics are its own, counted in its own forward passes on the global views, as in the authors' code.
     Raises ValueError for a momentum outside [0, 1].
     """
     if not 0.0 <= momentum <= 1.0:
         raise ValueError(f"update_teacher_EMA: momentum must be in [0, 1], got {momentum}. Check teacher.momentum.")
     # lerp, since teacher + w * (student - teacher) leaves equal weights exactly equal (the fixed norms of the last
     # layer), where m * teacher + (1 - m) * student would drift by rounding.
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)
+    torch._foreach_lerp_(list(teacher.parameters()), [whole(p) for p in student.parameters()], 1.0 - momentum)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dino.distributed import whole
+
 
 def parameter_groups(student: nn.Module, last_layer: nn.Module) -> list[dict[str, Any]]:
     """Groups for any torch optimizer: with and without decay, the head's last layer apart so that it can freeze.
@@ -33,7 +35,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float = math.in
     norms = torch._foreach_norm(grads)
     if max_norm < math.inf:
         torch._foreach_mul_(grads, [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
-    norm: Tensor = torch.stack(norms).norm()
+    norm: Tensor = torch.stack([whole(norm) for norm in norms]).norm()
     return norm
 
 

@@ -1,17 +1,29 @@
 """From a checked config to the objects of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dino.augmentation import DINOTransform
 from dino.batches import Steps, accumulation_for, steps_in_epoch, steps_of
 from dino.checkpoint import load_teacher, seed_all
 from dino.config.node import build
 from dino.device import autocast_for, choose_device, choose_precision, default_workers, describe
+from dino.distributed import (
+    in_turn,
+    place,
+    shard,
+    sharded_as,
+    share_buffers,
+    synchronise_batch_norm,
+    together,
+    topology,
+    whole,
+)
 from dino.loss import DinoLoss
 from dino.model import DinoModel, make_teacher
 from dino.optimizer import parameter_groups
@@ -32,6 +44,8 @@ class Run:
     train_set: Any
     val_set: Any
     transform: DINOTransform
+    rank: int
+    world_size: int
     batch_size: int
     accumulation: int
     steps_per_epoch: int
@@ -44,11 +58,12 @@ class Run:
     schedule: Schedule
     evaluator: Any
     seed: int
+    topology: str
 
     @property
     def effective_batch(self) -> int:
-        """Images to one update."""
-        return self.batch_size * self.accumulation
+        """Images to one update, of all processes."""
+        return self.batch_size * self.accumulation * self.world_size
 
     def steps(self, start: int) -> Steps:
         """The rest of the run from step `start` on."""
@@ -62,14 +77,24 @@ class Run:
             self.total_steps,
             self.device,
             self.num_workers,
+            self.rank,
+            self.world_size,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).state_dict() for name in SAVED}
+        """Whole tensors, however they are sharded: all processes must ask."""
+        return {name: _whole(getattr(self, name).state_dict()) for name in SAVED}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        of_each = state["optimizer"]["state"]
+        sharded = {
+            "student": {name: sharded_as(state["student"][name], p) for name, p in self.student.state_dict().items()},
+            "optimizer": state["optimizer"]
+            | {"state": {i: {k: _as(v, parameters[i]) for k, v in of_each[i].items()} for i in of_each}},
+        }
         for name in SAVED:
-            getattr(self, name).load_state_dict(state[name])
+            getattr(self, name).load_state_dict((state | sharded)[name])
 
     def evaluate(self) -> dict[str, float]:
         """The teacher's backbone by the evaluator; {} where there is nothing to measure."""
@@ -79,6 +104,7 @@ class Run:
         return self._measured(self.evaluator.baselines)
 
     def _measured(self, measure: Callable[..., dict[str, float]]) -> dict[str, float]:
+        share_buffers(self.teacher)  # each process measures a share of the images, with one network
         return measure(
             self.teacher.backbone,
             self.train_set,
@@ -99,7 +125,9 @@ class Run:
                 f"head {head_size}, {self.loss.out_dim:,} prototypes",
                 f"data       {len(self.train_set):,} images, {labels}; {len(self.val_set):,} to validate",
                 f"steps      {self.total_steps:,} ({self.steps_per_epoch:,} an epoch), "
-                f"effective batch {self.effective_batch} = {self.batch_size} images x {self.accumulation} accumulated",
+                f"effective batch {self.effective_batch} = {self.batch_size} images x {self.accumulation} accumulated"
+                + (f" x {self.world_size} processes" if self.world_size > 1 else ""),
+                f"processes  {self.topology}",
                 f"device     {describe(self.device)}, {self.precision}, {self.num_workers} workers",
             ]
         )
@@ -112,12 +140,20 @@ def assemble(config: dict[str, Any]) -> Run:
     precision = choose_precision(config["precision"], device)
     workers = training["num_workers"]
 
-    train_set, val_set = build(config["dataset"]["train"]), build(config["dataset"]["val"])
+    here = place()
+    processes = topology(device)
+
+    with together(), in_turn():
+        train_set, val_set = build(config["dataset"]["train"]), build(config["dataset"]["val"])
     accumulation = accumulation_for(
-        training["batch_size"], training["gradient_accumulation_steps"], training["effective_batch"]
+        training["batch_size"],
+        training["gradient_accumulation_steps"],
+        training["effective_batch"],
+        here.world_size,
     )
-    effective_batch = training["batch_size"] * accumulation
-    steps_in_epoch(len(train_set), training["batch_size"], accumulation)  # refuses too few images before any is used
+    passes = accumulation * here.world_size
+    effective_batch = training["batch_size"] * passes
+    steps_in_epoch(len(train_set), training["batch_size"], passes)  # refuses too few images before any is used
     steps_per_epoch, total_steps = steps_of(len(train_set), effective_batch, training["epochs"], training["max_steps"])
     transform = build(config["augmentation"])
 
@@ -127,7 +163,12 @@ def assemble(config: dict[str, Any]) -> Run:
     student = DinoModel(backbone, head)
     if config["init_from"] is not None:
         _initialise(student, config["init_from"])
+    if training["synchronise_batch_norm"]:
+        synchronise_batch_norm(student, device)
     student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher = make_teacher(student)
+    if training["sharded"]:
+        shard(student, device)
     optimizer = build(config["optimizer"], params=parameter_groups(student, head.last_layer))
     schedule = build(
         config["scheduler"],
@@ -139,6 +180,8 @@ def assemble(config: dict[str, Any]) -> Run:
         freeze_last_layer_epochs=training["freeze_last_layer_epochs"],
         **config["teacher"],
     )
+    if here.rank:
+        seed_all(config["seed"] + here.rank)  # the same weights, from here on other draws (of drop path)
     return Run(
         device=device,
         precision=precision,
@@ -147,19 +190,34 @@ def assemble(config: dict[str, Any]) -> Run:
         train_set=train_set,
         val_set=val_set,
         transform=transform,
+        rank=here.rank,
+        world_size=here.world_size,
         batch_size=training["batch_size"],
         accumulation=accumulation,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         student=student,
-        teacher=make_teacher(student),
+        teacher=teacher,
         loss=build(config["loss"], ncrops=transform.ncrops, n_global_crops=transform.n_global_crops).to(device),
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         schedule=schedule,
         evaluator=build(config["evaluator"]),
         seed=config["seed"],
+        topology=processes,
     )
+
+
+def _whole(state: Any) -> Any:
+    if isinstance(state, Mapping):
+        return {key: _whole(value) for key, value in state.items()}
+    return whole(state) if isinstance(state, Tensor) else state
+
+
+def _as(value: Any, parameter: Tensor) -> Any:
+    """What an optimizer keeps of `parameter`: its moments are sharded as it is, its count of steps is not."""
+    same = isinstance(value, Tensor) and value.shape == parameter.shape
+    return sharded_as(value, parameter) if same else value
 
 
 def _initialise(student: DinoModel, source: str) -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dino.config import command
 from dino.config.node import build
+from dino.device import choose_device
+from dino.distributed import data_parallel, from_all, no_sync, place, processes, together
 from dino.loss import DinoLoss
 from dino.model import DinoModel, update_teacher_EMA
 from dino.optimizer import clip_gradients
@@ -28,7 +30,7 @@ log = logging.getLogger("dino.train")  # not __name__: that is __main__ under `p
 
 
 def train(
-    student: DinoModel,
+    student: nn.Module,
     teacher: DinoModel,
     loss: DinoLoss,
     steps: Iterable[tuple[int, Iterator[list[Tensor]]]],
@@ -47,14 +49,15 @@ def train(
         now = schedule(step)  # every scheduled value, from the step alone
         now.apply(optimizer)
         total, teacher_means = torch.zeros((), device=loss.center.device), []
-        for views in parts:  # one, unless accumulating
-            with autocast():
-                with torch.no_grad():
-                    teacher_out = teacher(views[: loss.n_global_crops])  # t1, t2
-                student_out = student(views)  # s1, s2 and the local views
-            value = loss(student_out, teacher_out, now.teacher_temp) / accumulation
-            scaler.scale(value).backward()
-            total += value.detach()
+        for part, views in enumerate(parts, start=1):  # one, unless accumulating
+            with autocast(), torch.no_grad():
+                teacher_out = teacher(views[: loss.n_global_crops])  # t1, t2
+            with no_sync(student) if part < accumulation else nullcontext():
+                with autocast():
+                    student_out = student(views)  # s1, s2 and the local views
+                value = loss(student_out, teacher_out, now.teacher_temp) / accumulation
+                scaler.scale(value).backward()
+            total = total + value.detach()
             teacher_means.append(teacher_out.to(loss.center.dtype).mean(dim=0))
         scaler.unscale_(optimizer)
         gradient_norm = clip_gradients(student.parameters(), max_norm)
@@ -67,14 +70,27 @@ def train(
 
 
 def run(config: dict[str, Any], directory: Path) -> float:
-    """Trains what `config` says in `directory`, from where that stands; returns the last k-NN accuracy (NaN: none)."""
+    """Trains what `config` says in `directory`, from where that stands; returns the last k-NN accuracy (NaN: none).
+
+    In each of the processes that torchrun or SLURM started; the first alone writes.
+    """
     from dino.checkpoint import load_checkpoint
     from dino.journal import StopSignal
     from dino.run_directory import check_claim, lock
 
-    with lock(directory), StopSignal() as stop, _log_to(directory / "train.log"):
-        check_claim(directory, config)
-        state = load_checkpoint(directory)
+    first = place().rank == 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(processes(choose_device(config["device"])))
+        with together():
+            if first:
+                stack.enter_context(lock(directory))
+                check_claim(directory, config)
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(_log_to(directory / "train.log", first))
+        with together():
+            state = load_checkpoint(directory)
+        if len({*from_all(state and state["iteration"])}) > 1:
+            raise Refused(f"{directory}: not every process sees the same checkpoint; put it on a disk that all share.")
         if state is not None and state["iteration"] >= state["total_steps"]:
             log.info("%s is finished; change a setting, or give another name=, to train anew", directory)
             return float(state["metrics"]["last_knn"])
@@ -82,8 +98,7 @@ def run(config: dict[str, Any], directory: Path) -> float:
 
 
 def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None, stop: Any) -> float:
-    from dino.checkpoint import check_read_back, rng_state, save_checkpoint, save_teacher, set_rng_state
-    from dino.history import History
+    from dino.checkpoint import set_rng_state
     from dino.journal import Journal
     from dino.logger import Loggers
     from dino.run import assemble
@@ -91,48 +106,30 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
 
     started = time.monotonic()
     run = assemble(config)
-    claim(directory, config)  # not before: a config that can't be had leaves nothing behind
+    if state is not None and state["effective_batch"] != run.effective_batch:
+        raise Refused(
+            f"{directory} was trained with steps of {state['effective_batch']} images, and these settings and "
+            f"processes make steps of {run.effective_batch}; give training.effective_batch={state['effective_batch']}."
+        )
+    first, start = run.rank == 0, 0 if state is None else state["iteration"]
+    if first:
+        claim(directory, config)  # not before: a config that can't be had leaves nothing behind
     log.info("%s\ndirectory  %s", run, directory)
-    loggers = Loggers(list(build(config["logger"] or {}).values()))
-    if state is None:
-        history, start = History(config), 0
-        history.metadata["baselines"] = run.baselines()
-    else:
-        try:
-            history = History.resume(directory / "history.json", state["history"], config)
-        except (OSError, ValueError) as error:
-            raise Refused(str(error)) from error
+    history = _history(run, config, directory, state)
+    if state is not None:
         run.load_state_dict(state)
-        start = state["iteration"]
         log.info("resumed at step %d", start)
     if baselines := history.metadata["baselines"]:
         log.info("k-NN to beat: raw pixels %.1f %%, untrained backbone %.1f %%", *(100 * a for a in baselines.values()))
+    loggers = Loggers(list(build(config["logger"] or {}).values()) if first else [])
     loggers.start(directory, config, None if state is None else state["wandb_run_id"])
-
-    def checkpoint(iteration: int, metrics: dict[str, Any], best: bool) -> None:
-        content = run.state_dict() | {
-            "iteration": iteration,
-            "epoch": iteration // run.steps_per_epoch,
-            "total_steps": run.total_steps,
-            "rng": rng_state(),
-            "config": config,
-            "metrics": metrics,
-            "history": history.state_dict(),
-            "wandb_run_id": loggers.run_id,
-        }
-        path = save_checkpoint(directory, content, config["checkpoint"]["keep"], best)
-        if iteration == start + 1:
-            check_read_back(path, content)  # an odd disk shows now, not after ten hours
-        size, mean, std = config["dataset"]["eval_size"], run.transform.mean, run.transform.std
-        save_teacher(directory, run.teacher, config, {"size": size, "mean": mean, "std": std})
-
     journal = Journal(
         directory=directory,
         history=history,
         loggers=loggers,
         loss=run.loss,
         evaluate=run.evaluate,
-        checkpoint=checkpoint,
+        checkpoint=_checkpointer(run, config, directory, history, loggers, start),
         stop=stop,
         start=start,
         total_steps=run.total_steps,
@@ -143,15 +140,17 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
         checkpoint_every_epochs=config["checkpoint"]["every_epochs"],
         checkpoint_every_minutes=float(config["checkpoint"]["every_minutes"]),
         metrics=state and state["metrics"],
+        writes=first,
     )
     if config["compile"]:
         run.student.compile()
         run.teacher.compile()
-    if state is not None:
-        set_rng_state(state["rng"])
+    student = data_parallel(run.student, run.accumulation)
+    if state is not None and run.rank < len(state["rng"]):
+        set_rng_state(state["rng"][run.rank])
     try:
         train(
-            run.student,
+            student,
             run.teacher,
             run.loss,
             run.steps(start),
@@ -175,9 +174,57 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     return float(journal.metrics["last_knn"])
 
 
+def _history(run: Any, config: dict[str, Any], directory: Path, state: dict[str, Any] | None) -> Any:
+    """The history so far, with the baselines in its metadata. All processes measure, the first keeps it on disk."""
+    from dino.history import History
+
+    if state is None:
+        history = History(config)
+        history.metadata |= {"total_steps": run.total_steps, "baselines": run.baselines()}
+        return history
+    if run.rank:
+        history = History(config)
+        history.metadata["baselines"] = None
+        return history
+    try:
+        return History.resume(directory / "history.json", state["history"], config)
+    except (OSError, ValueError) as error:
+        raise Refused(str(error)) from error
+
+
+def _checkpointer(
+    run: Any, config: dict[str, Any], directory: Path, history: Any, loggers: Any, start: int
+) -> Callable[[int, dict[str, Any], bool], None]:
+    """A function that all processes call and the first writes in: (iteration, the journal's state, best so far?)."""
+    from dino.checkpoint import check_read_back, rng_state, save_checkpoint, save_teacher
+
+    def checkpoint(iteration: int, metrics: dict[str, Any], best: bool) -> None:
+        rng, state = from_all(rng_state()), run.state_dict()
+        if run.rank:
+            return
+        content = state | {
+            "iteration": iteration,
+            "epoch": iteration // run.steps_per_epoch,
+            "total_steps": run.total_steps,
+            "effective_batch": run.effective_batch,
+            "rng": rng,
+            "config": config,
+            "metrics": metrics,
+            "history": history.state_dict(),
+            "wandb_run_id": loggers.run_id,
+        }
+        path = save_checkpoint(directory, content, config["checkpoint"]["keep"], best)
+        if iteration == start + 1:
+            check_read_back(path, content)  # an odd disk shows now, not after ten hours
+        size, mean, std = config["dataset"]["eval_size"], run.transform.mean, run.transform.std
+        save_teacher(directory, run.teacher, config, {"size": size, "mean": mean, "std": std})
+
+    return checkpoint
+
+
 @contextlib.contextmanager
-def _log_to(path: Path) -> Iterator[None]:
-    """What the package says goes to the terminal, around the bar, and with UTC times to `path`."""
+def _log_to(path: Path, first: bool) -> Iterator[None]:
+    """What the first process says goes to the terminal, around the bar, and with UTC times to `path`."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     package = logging.getLogger("dino")
@@ -186,7 +233,7 @@ def _log_to(path: Path) -> Iterator[None]:
     formatter.converter = time.gmtime
     file.setFormatter(formatter)
     before = package.level, package.propagate
-    package.setLevel(logging.INFO)
+    package.setLevel(logging.INFO if first else logging.CRITICAL)
     package.propagate = False
     for handler in (terminal, file):
         package.addHandler(handler)
@@ -210,7 +257,8 @@ def attempt(config: dict[str, Any], directory: Path) -> float:
     try:
         return run(config, Path(os.path.relpath(directory)))  # shorter to read, and the same place
     except Interrupted as stopped:
-        print(f"{stopped}; the same command resumes", file=sys.stderr, flush=True)
+        if place().rank == 0:
+            print(f"{stopped}; the same command resumes", file=sys.stderr, flush=True)
         if callable(signal.getsignal(signal.SIGUSR2)):
             signal.raise_signal(signal.SIGUSR2)
         sys.exit(128 + stopped.signum)

@@ -98,7 +98,7 @@ def test_the_loader_draws_nothing_from_the_runs_own_generator():
 def test_accumulation_is_given_or_derived_from_the_effective_batch():
     assert accumulation_for(8, passes=3, effective_batch=None) == 3
     assert accumulation_for(8, passes=3, effective_batch=64) == 8
-    assert accumulation_for(8, passes=3, effective_batch=64, processes=4) == 2
+    assert accumulation_for(8, passes=3, effective_batch=64, world_size=4) == 2
     with pytest.raises(ValueError, match=r"must be a multiple of batch_size x processes = 24 x 1, got 64; 72 would do"):
         accumulation_for(24, 1, 64)
 

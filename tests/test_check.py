@@ -125,6 +125,7 @@ def test_what_another_machine_may_have_is_not_asked_for_here():
 def test_ranks_count_in_the_effective_batch(monkeypatch):
     config = changed(training__effective_batch=96, training__batch_size=32)
     assert check(config) == []
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "multiple of training.batch_size=32 x 2 processes" in check(config)[0]
 

@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 from dino.config.machine import check_machine
 from dino.config.node import Misfit, Problems, did_you_mean, fitted, is_node, misfits, shown, value_at
-from dino.config.trial import LATE, processes, try_parts
+from dino.config.trial import LATE, try_parts
+from dino.distributed import place
 
 
 class Rule(NamedTuple):
@@ -53,6 +54,8 @@ OWN: dict[str, Rule] = {
     "training.effective_batch": _from(1, unless_null=True),
     "training.gradient_clip": _above_zero(unless_null=True),
     "training.freeze_last_layer_epochs": _from(0, hint=float),
+    "training.synchronise_batch_norm": Rule(bool),
+    "training.sharded": Rule(bool),
     "training.num_workers": Rule(
         int | Literal["auto"], "auto or a whole number, 0 or more", lambda v: v == "auto" or v >= 0
     ),
@@ -189,13 +192,19 @@ def _check_between_parts(config: Mapping[str, Any], problems: Problems) -> None:
             f"loss.out_dim={shown(loss)}: expected head.output_dim={shown(head)}; set dataset.out_dim for both",
         )
     whole, batch = value_at(config, "training.effective_batch"), value_at(config, "training.batch_size")
-    ranks = processes()
+    ranks = place().world_size
     if whole is not None and not problems.within("training") and whole % (batch * ranks):
         problems.add(
             "training.effective_batch",
             f"training.effective_batch={whole}: expected a multiple of training.batch_size={batch}"
             f"{f' x {ranks} processes' if ranks > 1 else ''}; change one of them",
         )
+    if value_at(config, "training.sharded") is True and value_at(config, "optimizer.fused") is True:
+        if str(value_at(config, "optimizer._target_")).endswith("SGD"):
+            text = "optimizer.fused=True: torch's fused SGD takes no sharded parameters; set optimizer.fused=false"
+            problems.add("optimizer.fused", text)
+    if value_at(config, "training.sharded") is True and value_at(config, "precision") == "fp16":
+        problems.add("precision", "precision=fp16: needs training.sharded=false; use bf16 or fp32")
     views = value_at(config, "augmentation.num_local_views")
     if isinstance(views, int) and views > MOST_VIEWS:
         text = f"augmentation.num_local_views={views}: expected at most {MOST_VIEWS}; the paper's longest runs have 10"

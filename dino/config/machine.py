@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dino.config.node import Problems, shown, value_at
+from dino.distributed import place
 
 
 def check_machine(config: Mapping[str, Any], problems: Problems, parameters: int) -> None:
@@ -41,6 +42,10 @@ def _device(config: Mapping[str, Any], problems: Problems) -> str:
 
     kind, _, index = str(value_at(config, "device")).partition(":")
     if "device" in problems or kind == "cpu":
+        return kind
+    if place().world_size > 1 and (index or kind == "mps"):
+        text = f"device={config['device']}: one device for {place().world_size} processes; use device=cuda or cpu"
+        problems.add("device", text)
         return kind
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()

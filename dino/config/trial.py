@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import os
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from dino.config.node import (
     shown,
     value_at,
 )
+from dino.distributed import place
 
 # Arguments that the run gives to a part, with the key that each comes from and a value to try where that key is wrong.
 LATE: dict[str, dict[str, tuple[str, Any]]] = {
@@ -40,11 +40,6 @@ LATE: dict[str, dict[str, tuple[str, Any]]] = {
         "freeze_last_layer_epochs": ("training.freeze_last_layer_epochs", 0.0),
     },
 }
-
-
-def processes() -> int:
-    count = os.environ.get("WORLD_SIZE", "1")  # torchrun's
-    return int(count) if count.isdecimal() and int(count) > 0 else 1
 
 
 BUGS = (NameError, AttributeError, SyntaxError)  # a mistake in a class, not in its values: its traceback is what helps
@@ -87,7 +82,7 @@ def try_parts(config: Mapping[str, Any], problems: Problems) -> int:
     late = {name: value_at(config, path) for name, (path, _) in LATE["scheduler"].items() if path not in problems}
     if late.get("effective_batch") is None and not problems.within("training"):
         training = config["training"]
-        late["effective_batch"] = training["batch_size"] * training["gradient_accumulation_steps"] * processes()
+        late["effective_batch"] = training["batch_size"] * training["gradient_accumulation_steps"] * place().world_size
     _attempt("scheduler", config, problems, late | {"steps_per_epoch": 1})
     _attempt("evaluator", config, problems)
     for name in config["logger"] if isinstance(config.get("logger"), Mapping) else ():

@@ -1,0 +1,317 @@
+"""Several processes that train as one, started by torchrun or SLURM. With one process all of this does nothing."""
+
+import contextlib
+import itertools
+import os
+import socket
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrize import ParametrizationList
+
+from dino.refused import Refused
+
+
+class PeerLost(RuntimeError):
+    """Another process is gone or out of reach: nothing can be computed together any more."""
+
+    exit_status = 4
+
+
+class Place(NamedTuple):
+    """Which of the processes this one is. `local_rank` counts the processes of one machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+def place() -> Place:
+    """As torchrun says in the environment, else as srun does for the tasks of a step, else one process alone."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set in a step alone, not in a batch script or beside salloc
+        return Place(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]))
+    return Place()
+
+
+def alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized())
+
+
+@contextlib.contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Connects the processes for as long as the block runs; raises PeerLost in it where one of them dies.
+
+    Gloo carries what is on the CPU (agreements, objects), NCCL what is on a GPU.
+    """
+    here = place()
+    if here.world_size == 1:
+        yield
+        return
+    if "MASTER_ADDR" not in os.environ:
+        os.environ |= _slurm_rendezvous()
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    store, *_ = next(rendezvous("env://", here.rank, here.world_size))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun's store outlives a restart, with the addresses of those who died. Its agents count their own
+        # restarts: where there are several, the count is no name that all processes know.
+        attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size)
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise PeerLost(
+                f"process {here.rank} of {here.world_size} lost another, which failed or was killed; the last "
+                f"checkpoint is kept, and the same command resumes from it ({str(error).splitlines()[0][:160]})"
+            ) from error
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _slurm_rendezvous() -> dict[str, str]:
+    """Where rank 0 listens: the address by which SLURM itself reaches the first node, and a port of the job's own."""
+    nodes = os.environ["SLURM_STEP_NODELIST"]
+    first = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True).split()[0]
+    words = subprocess.check_output(["scontrol", "show", "node", first], text=True).split()
+    address = next(word.removeprefix("NodeAddr=") for word in words if word.startswith("NodeAddr="))
+    return {"MASTER_ADDR": address, "MASTER_PORT": str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 40_000)}
+
+
+# ---- agreeing -------------------------------------------------------------------------------------------------------
+
+
+def largest(*values: int) -> list[int]:
+    """Of each value, the largest that any process gave: how all learn of one's signal at the same step."""
+    if alone():
+        return list(values)
+    tensor = torch.tensor(values)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def from_all(thing: Any) -> list[Any]:
+    """What each process gave, by rank. For small things: they are pickled, and go over gloo."""
+    if alone():
+        return [thing]
+    things = [None] * dist.get_world_size()
+    dist.all_gather_object(things, thing)
+    return things
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is refused on one process is refused on all, in its words. No process may skip a collective in the block."""
+    problems: tuple[str, ...] = ()
+    try:
+        yield
+    except Refused as refused:
+        problems = refused.problems
+        if alone():
+            raise
+    found = dict.fromkeys(itertools.chain(*from_all(problems)))
+    if found:
+        raise Refused(*found)
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Runs the block on rank 0, then on one process of each machine, then on the rest.
+
+    So that one downloads and the others find the files, on disks that are shared and on those that are not.
+    """
+    here = place()
+    turn = 0 if here.rank == 0 else 1 if here.local_rank == 0 else 2
+    for _ in range(turn):
+        from_all(None)
+    try:
+        yield
+    finally:
+        for _ in range(2 - turn):
+            from_all(None)
+
+
+# ---- reducing -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def averaged(tensor: Tensor) -> Tensor:
+    """The mean of `tensor` over all processes, in place."""
+    if not alone():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def my_share(total: int) -> list[int]:
+    """Which of `total` rows this process computes, so that `gathered` can join them: as many on each process, every
+    world_size-th; the last may repeat others."""
+    rank, size = (0, 1) if alone() else (dist.get_rank(), dist.get_world_size())
+    return [index % total for index in range(rank, -(-total // size) * size, size)]
+
+
+@torch.no_grad()
+def gathered(rows: Shaped[Tensor, "mine ..."], total: int, chunk: int = 65536) -> Shaped[Tensor, "{total} ..."]:
+    """All `total` rows, in order and on every process, each of which gives those of `my_share(total)`.
+
+    Moves at most `chunk` rows a process at a time.
+    """
+    if alone():
+        return rows
+    whole = []
+    for piece in torch.split(rows.contiguous(), chunk):
+        pieces = [torch.empty_like(piece) for _ in range(dist.get_world_size())]
+        dist.all_gather(pieces, piece)
+        whole.append(torch.stack(pieces, dim=1).flatten(0, 1))
+    return torch.cat(whole)[:total]  # what was repeated is last
+
+
+@torch.no_grad()
+def share_buffers(module: nn.Module) -> None:
+    """Gives every process the buffers of rank 0 (the statistics of batch norms that are not synchronised)."""
+    if not alone():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def data_parallel(model: nn.Module, accumulation: int) -> nn.Module:
+    """`model`, its gradients averaged over all processes in each backward pass outside of no_sync(model)."""
+    if alone() or isinstance(model, FSDPModule):
+        return model
+    # A static graph lets torch plan the reductions once, but its first backward pass must not be inside no_sync.
+    return DistributedDataParallel(model, static_graph=accumulation == 1, gradient_as_bucket_view=True)
+
+
+@contextlib.contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """For forward and backward passes whose gradients need not be averaged yet, since more of the step follow."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+            yield
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Leaves each process its share of every parameter (FSDP2), and so of gradients and optimizer state.
+
+    A layer's parameters are whole only while it computes. Does nothing to one process alone.
+    """
+    if alone():
+        return
+    model.to(memory_format=torch.contiguous_format)  # all that FSDP takes
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layers in model.modules():
+        if isinstance(layers, nn.ModuleList) and not isinstance(layers, ParametrizationList):
+            for layer in layers:
+                fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor in one piece: all processes must ask. Any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """The share of a whole `tensor` that `like` is of its own."""
+    if not isinstance(like, DTensor):
+        return tensor
+    mesh, device = like.device_mesh, like.device
+    return distribute_tensor(tensor.to(device), mesh, like.placements, src_data_rank=None)
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Gives the batch norms below `model` the statistics of all processes' batches, as one batch of all would have."""
+    if alone():
+        return
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        return
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.__class__ = SyncBatchNorm  # the same parameters and buffers
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over all processes, through which gradients flow: each process's loss has a part in every statistic."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return averaged(x.clone())
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return averaged(gradient.clone())
+
+
+class SyncBatchNorm(_BatchNorm):
+    """On the CPU, for which torch has none."""
+
+    def forward(self, x: Float[Tensor, "batch channels *pixels"]) -> Float[Tensor, "batch channels *pixels"]:
+        if not self.training:
+            return super().forward(x)
+        dims = [dim for dim in range(x.ndim) if dim != 1]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        wide = x if x.dtype == torch.float64 else x.float()
+        mean = _Mean.apply(wide.mean(dims))  # of means, since every process has as many rows
+        variance = _Mean.apply((wide - mean.view(shape)).square().mean(dims))
+        with torch.no_grad():
+            count = dist.get_world_size() * x.numel() // x.shape[1]
+            tracked = self.get_buffer("num_batches_tracked").add_(1)
+            weight = 1 / tracked.item() if self.momentum is None else self.momentum
+            self.get_buffer("running_mean").lerp_(mean, weight)
+            self.get_buffer("running_var").lerp_(variance * count / (count - 1), weight)
+        normal = (wide - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
+        out: Tensor = normal * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(x.dtype)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+
+# ---- what is printed at the start -----------------------------------------------------------------------------------
+
+
+def topology(device: torch.device) -> str:
+    """The processes and their machines, in words. Raises Refused, on all of them, where two would share one GPU."""
+    machine = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    places = from_all((machine, gpu))
+    machines = Counter(name for name, _ in places)
+    for (name, _), count in Counter(place for place in places if place[1]).items():
+        if count > 1:
+            raise Refused(f"{count} processes of {name} would share one GPU; start as many as it has GPUs.")
+    words = f"{len(places)} on {', '.join(f'{name} ({count})' for name, count in machines.items())}"
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if gpus > machines[machine]:
+        words += (
+            f"; {gpus - machines[machine]} of {gpus} GPUs here are not used: "
+            f"torchrun --nproc-per-node {gpus} -m dino.train ... takes all"
+        )
+    return words
