@@ -5,6 +5,7 @@ import itertools
 import os
 import socket
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,6 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dino.refused import Refused
+
+
+CONNECTED = itertools.count()
 
 
 class PeerLost(RuntimeError):
@@ -70,11 +74,10 @@ def processes(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     store, *_ = next(rendezvous("env://", here.rank, here.world_size))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun's store outlives a restart, with the addresses of those who died. Its agents count their own
-        # restarts: where there are several, the count is no name that all processes know.
-        attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+    # A store outlives a run of a sweep, and torchrun's a restart, with the addresses of those who are gone. Agents
+    # count their own restarts, so where there are several the count is no name that all processes know.
+    restarts = os.environ["TORCHELASTIC_RESTART_COUNT"] if os.environ.get("GROUP_WORLD_SIZE") == "1" else ""
+    store = dist.PrefixStore(f"{restarts}.{next(CONNECTED)}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size)
     try:
         yield
@@ -86,7 +89,8 @@ def processes(device: torch.device) -> Iterator[None]:
             ) from error
         raise
     finally:
-        dist.destroy_process_group()
+        if not isinstance(sys.exception(), PeerLost):  # NCCL would wait for the dead
+            dist.destroy_process_group()
 
 
 def _slurm_rendezvous() -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""How a history is drawn: which metrics share a frame, their labels, and the lines that they are to be read against."""
+"""How a history is drawn: which metrics share a frame, their labels, and the lines that they are to be read against;
+and how the histories of several runs are laid over each other.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,6 +28,7 @@ FIRST = ("knn", "loss", "learning_rate", "momentum")
 OVER_LN_K = ("teacher_entropy_of_mean", "teacher_entropy", "kl_over_ln_k")
 NOISY = {"loss", "gradient_norm", "images_per_second", *OVER_LN_K}
 # The loss over ln K is the right axis of the loss; the others are what metrics are drawn against, or a clock.
+MOST_IN_LEGEND = 10  # runs, as many as there are colours; the others are grey
 NO_PANEL = {"loss_over_ln_k", "iteration", "epoch", "timestamp", "training_seconds"}
 
 
@@ -72,6 +75,76 @@ def draw(
         if len(axes.get_lines()) > 1:
             axes.legend(framealpha=0.8, edgecolor="none", fontsize="small")
     return figure
+
+
+def draw_runs(
+    labels: Sequence[str],
+    curves: Mapping[str, Sequence[tuple[Sequence[Any], Sequence[Any]]]],
+    settings: Mapping[str, Sequence[Any]],
+    best: Sequence[float | int],
+) -> "matplotlib.figure.Figure":
+    """Runs laid over each other: a frame for each metric of `curves`, which has (steps, values) of every run, and one
+    for each setting, which has its value in every run ("" for none), with the runs' `best` k-NN above it. NaN is a gap.
+    """
+    from matplotlib.figure import Figure
+
+    names = [name for name, of_runs in curves.items() if any(len(steps) for steps, _ in of_runs)]
+    metrics = len(names)
+    names += list(settings) if np.isfinite(best).any() else []
+    wide = len(names) if len(names) < 4 else 2 if len(names) == 4 else 3
+    figure = Figure(figsize=(5.6 * wide, 4 * math.ceil(len(names) / wide)), layout="constrained")  # inches
+    colors = [f"C{i}" if i < MOST_IN_LEGEND else "0.8" for i in range(len(labels))]
+    for index, name in enumerate(names):
+        axes = figure.add_subplot(math.ceil(len(names) / wide), wide, index + 1)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if index < metrics:
+            of_runs = [*zip(labels, colors, curves[name], strict=True)]
+            for label, color, (steps, values) in of_runs[::-1]:  # the first on top
+                _mean_curve(axes, np.array(steps, dtype=float), np.array(values, dtype=float), label, color)
+        else:
+            _best_against(axes, settings[name], np.array(best, dtype=float), colors)
+        axes.set_xlabel("step" if index < metrics else name)
+        axes.set_ylabel(_label(name) if index < metrics else "best k-NN accuracy")
+        if name == "knn" or index >= metrics:
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
+    lines = figure.axes[0].get_lines()[::-1][:MOST_IN_LEGEND]
+    title = f"first {MOST_IN_LEGEND} of {len(labels)}" if len(labels) > MOST_IN_LEGEND else None
+    place = {"loc": "outside lower center", "ncols": 2 * wide if max(map(len, labels)) < 24 else wide}
+    figure.legend(handles=lines, title=title, frameon=False, fontsize="small", **place)
+    return figure
+
+
+def _mean_curve(axes: "matplotlib.axes.Axes", x: Any, y: Any, label: str, color: Any) -> None:
+    """A fiftieth of the curve goes into each mean, so that several can be read in one frame."""
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    window = max(1, len(y) // 50)
+    y = np.convolve(y, np.full(window, 1 / window), mode="valid") if len(y) else y
+    axes.plot(
+        x[window - 1 :], y, color=color, linewidth=1.2, marker="o" if len(y) <= 40 else "", markersize=3, label=label
+    )
+
+
+def _best_against(axes: "matplotlib.axes.Axes", values: Sequence[Any], best: Any, colors: Sequence[Any]) -> None:
+    """Numbers on an axis, a logarithmic one where they span a factor of ten; anything else side by side."""
+    known = [value for value in values if value != ""]
+    if all(isinstance(value, float | int) and not isinstance(value, bool) for value in known):
+        x = np.array([math.nan if value == "" else value for value in values], dtype=float)
+        if min(known) > 0 and max(known) >= 10 * min(known):
+            axes.set_xscale("log")
+        elif len(set(known)) <= 6:
+            axes.set_xticks(sorted(set(known)))  # no seed 0.5
+    else:
+        kinds = list(dict.fromkeys(str(value) for value in known))
+        x = np.array([math.nan if value == "" else kinds.index(str(value)) for value in values])
+        axes.set_xticks(range(len(kinds)), kinds, rotation=30 if max(map(len, kinds)) > 10 else 0)
+        axes.margins(x=0.2)
+    there = np.isfinite(x) & np.isfinite(best)
+    middle = np.unique(x[there])
+    axes.plot(middle, [best[there & (x == at)].mean() for at in middle], color="0.7", linewidth=1, zorder=1)
+    axes.scatter(
+        x[there], best[there], c=[color for color, drawn in zip(colors, there, strict=True) if drawn], zorder=2
+    )
 
 
 def _curve(axes: "matplotlib.axes.Axes", x: Any, y: Any, name: str, color: str) -> None:

@@ -2,17 +2,22 @@
 
 import contextlib
 import fcntl
+import json
 import os
+import re
 import socket
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import yaml
 
 from dino.refused import Refused
 
 CONFIG = "config.yaml"
+SWEEP = "sweep.json"  # which runs a sweep's directory has or will have, by dino.config.sweep
 
 # Keys that change no result: with other values of these it is the same run, in the same directory.
 FREE = (
@@ -27,6 +32,9 @@ FREE = (
     "evaluator.batch_size",
 )
 
+# Keys that matter together, with the number of processes: as the effective batch, which checkpoints hold.
+COUNTED = ("training.batch_size", "training.gradient_accumulation_steps", "training.effective_batch")
+
 
 @contextlib.contextmanager
 def lock(directory: Path) -> Iterator[None]:
@@ -39,7 +47,7 @@ def lock(directory: Path) -> Iterator[None]:
     path = directory / ".lock"
     with open(path, "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
         except OSError:
             file.seek(0)
             holder = file.read().strip() or "another process"
@@ -85,12 +93,12 @@ def changes_no_result(key: str) -> bool:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, value before, value now) of every setting that differs, but for those that change no result."""
+    """(key, value before, value now) of every setting that differs, but for FREE and COUNTED ones."""
     old, new = dict(_flat(before)), dict(_flat(now))
     return [
         (key, old.get(key, "unset"), new.get(key, "unset"))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key, "unset") != new.get(key, "unset") and not changes_no_result(key)
+        if old.get(key, "unset") != new.get(key, "unset") and not changes_no_result(key) and key not in COUNTED
     ]
 
 
@@ -99,3 +107,74 @@ def _flat(node: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for key, value in node.items():
         pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(prefix + key, value)]
     return pairs
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands. `step`: of its newest checkpoint, 0 where there is none; `total_steps`: None if not known."""
+
+    name: Literal["finished", "running", "died", "not started"]
+    step: int = 0
+    total_steps: int | None = None
+
+    def __str__(self) -> str:
+        if self.name == "running" and self.total_steps is not None:
+            return f"running, {self.step} of {self.total_steps}"
+        return f"died at step {self.step}" if self.name == "died" else self.name
+
+
+def state_of(directory: Path) -> State:
+    """Where the run in `directory` stands, from the names of a few files and the end of one: quick for thousands.
+
+    Died: it was begun, is not at its last step, and no process holds it. That is also said of a run that a signal
+    stopped, and of one that waits for its requeue.
+    """
+    steps = [int(path.stem[5:]) for path in (directory / "checkpoints").glob("step_*.pt") if path.stem[5:].isdecimal()]
+    step, total = max(steps, default=0), _total_steps(directory / "history.json")
+    if steps and step == total:
+        return State("finished", step, total)
+    if is_held(directory):
+        return State("running", step, total)
+    return State("died" if steps or (directory / CONFIG).exists() else "not started", step, total)
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process holds the directory's lock. Only looks: creates nothing, keeps nobody out.
+
+    For an instant it shares the lock, so `lock` tries more than once before it refuses.
+    """
+    try:
+        with open(directory / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # none there, or not ours to read, or a disk without locks: nobody is known to hold it
+        pass
+    return False
+
+
+def _take(file: IO[str]) -> None:
+    """Locks `file` for this process alone. Raises OSError where another holds it for a second: no mere look, then."""
+    for attempt in range(100):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if attempt == 99:
+                raise
+            time.sleep(0.01)
+
+
+def _total_steps(history: Path) -> int | None:
+    """From the metadata of a history.json, which is its last line: the file itself may be large."""
+    try:
+        with open(history, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            for tail in (65536, size):
+                file.seek(max(0, size - tail))
+                if found := re.search(rb'^"metadata": (.*)\}\s*\Z', file.read(), re.MULTILINE):
+                    steps = json.loads(found[1])["total_steps"]
+                    return steps if isinstance(steps, int) else None
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or being written at this moment
+        pass
+    return None

@@ -1,13 +1,16 @@
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
 
-from dino.run_directory import check_claim, claim, differences, lock
+from dino.history import History
+from dino.run_directory import State, check_claim, claim, differences, is_held, lock, state_of
 
 HOLD = """
 import sys, time
@@ -72,3 +75,84 @@ def test_a_broken_config_is_refused_not_overwritten(tmp_path, content):
     with pytest.raises(ValueError, match="cannot be read as YAML"):
         check_claim(tmp_path, {"seed": 0})
     assert (tmp_path / "config.yaml").read_text() == content
+
+
+# ---- where a run stands ---------------------------------------------------------------------------------------------
+
+
+def begun(directory, *checkpoints, total_steps=36, entries=3):
+    """A run's files as state_of reads them; the checkpoints are empty, for their names are what counts."""
+    claim(directory, {"seed": 0})
+    (directory / "checkpoints").mkdir()
+    for step in checkpoints:
+        (directory / "checkpoints" / f"step_{step:09d}.pt").touch()
+    history = History({"text": '}\n{ "metadata": '})
+    history.metadata["total_steps"] = total_steps
+    for iteration in range(entries):
+        history.record_iteration(iteration, loss=1.0, learning_rate=1.0, momentum=1.0)
+    history.save(directory / "history.json")
+    return directory
+
+
+def test_a_run_is_finished_where_the_checkpoint_of_its_last_step_is_there(tmp_path):
+    assert state_of(begun(tmp_path, 24, 36)) == State("finished", 36, 36)
+    assert str(state_of(tmp_path)) == "finished"
+
+
+def test_a_run_that_nobody_holds_before_its_last_step_died_at_its_newest_checkpoint(tmp_path):
+    assert state_of(begun(tmp_path, 12, 24)) == State("died", 24, 36)
+    assert str(state_of(tmp_path)) == "died at step 24"
+    (tmp_path / "checkpoints" / ".step_000000036.pt.tmp").touch()  # written when it was killed
+    (tmp_path / "checkpoints" / "best.pt").touch()
+    assert state_of(tmp_path).step == 24
+
+
+def test_a_run_that_a_process_holds_is_running_also_before_its_first_checkpoint(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        try:
+            assert state_of(tmp_path) == State("running", 0, None)
+            begun(tmp_path, 12)
+            assert str(state_of(tmp_path)) == "running, 12 of 36"
+        finally:
+            holder.kill()
+    assert state_of(tmp_path).name == "died"
+
+
+def test_nothing_or_no_directory_is_a_run_that_has_not_started_and_looking_makes_none(tmp_path):
+    assert state_of(tmp_path / "none") == State("not started")
+    assert state_of(tmp_path) == State("not started")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_total_is_found_at_the_end_of_a_history_of_any_length(tmp_path):
+    assert state_of(begun(tmp_path, 36, entries=3000)).name == "finished"
+    assert (tmp_path / "history.json").stat().st_size > 2 * 65536
+    history = History({"long": "x" * 100_000})  # a config larger than what is read first
+    history.metadata["total_steps"] = 36
+    history.save(tmp_path / "history.json")
+    assert state_of(tmp_path).name == "finished"
+
+
+@pytest.mark.parametrize("content", [b"", b'"metadata": {}}', b'"metadata": {"total_steps": "36"}}', b"\xff"])
+def test_a_history_that_does_not_tell_the_total_leaves_a_run_unfinished(tmp_path, content):
+    begun(tmp_path, 36)
+    (tmp_path / "history.json").write_bytes(content)
+    assert state_of(tmp_path) == State("died", 36, None)
+
+
+def test_a_run_starts_although_another_process_looks_at_its_directory(tmp_path):
+    with lock(tmp_path):
+        (tmp_path / "file").touch()  # so that the lock's file stays
+        assert is_held(tmp_path)
+    assert not is_held(tmp_path)
+    look = open(tmp_path / ".lock")  # noqa: SIM115 - closed by the timer
+    fcntl.flock(look, fcntl.LOCK_SH | fcntl.LOCK_NB)  # is_held, for far longer than its instant
+    threading.Timer(0.2, look.close).start()
+    with lock(tmp_path):
+        assert look.closed
+
+
+def test_looking_at_a_run_loads_no_torch(tmp_path):
+    program = "import sys; from dino.run_directory import state_of; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"

@@ -1,0 +1,1 @@
+"""How runs are started on a cluster. Imports `dino`, never the reverse."""
