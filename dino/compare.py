@@ -20,7 +20,7 @@ import yaml
 
 from dino.history import History
 from dino.refused import Refused
-from dino.run_directory import CONFIG, SWEEP, State, _flat, changes_no_result, state_of
+from dino.run_directory import CONFIG, SWEEP, State, changes_no_result, flat, state_of
 
 UNSET, UNKNOWN = "unset", ""  # of a setting: its config has no such key; nothing tells yet
 HEADINGS = {
@@ -129,7 +129,7 @@ def _read(directory: Path, overrides: list[str]) -> Run:
         config = yaml.load((directory / CONFIG).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if not isinstance(config, dict):
             raise TypeError("no settings in it")
-        run.has_config, run.settings = True, dict(_flat(config))
+        run.has_config, run.settings = True, dict(flat(config))
     except FileNotFoundError:
         run.settings = dict(map(_parsed, overrides))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:

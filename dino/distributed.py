@@ -13,18 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dino.refused import Refused
-
 
 CONNECTED = itertools.count()
 
@@ -203,7 +198,7 @@ def share_buffers(module: nn.Module) -> None:
 
 def data_parallel(model: nn.Module, accumulation: int) -> nn.Module:
     """`model`, its gradients averaged over all processes in each backward pass outside of no_sync(model)."""
-    if alone() or isinstance(model, FSDPModule):
+    if alone() or is_sharded(model):
         return model
     # A static graph lets torch plan the reductions once, but its first backward pass must not be inside no_sync.
     return DistributedDataParallel(model, static_graph=accumulation == 1, gradient_as_bucket_view=True)
@@ -212,10 +207,10 @@ def data_parallel(model: nn.Module, accumulation: int) -> nn.Module:
 @contextlib.contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
     """For forward and backward passes whose gradients need not be averaged yet, since more of the step follow."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(False)
+    if is_sharded(model):
+        model.set_requires_gradient_sync(False)  # type: ignore[operator]
         yield
-        model.set_requires_gradient_sync(True)
+        model.set_requires_gradient_sync(True)  # type: ignore[operator]
     else:
         with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
             yield
@@ -228,6 +223,9 @@ def shard(model: nn.Module, device: torch.device) -> None:
     """
     if alone():
         return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     model.to(memory_format=torch.contiguous_format)  # all that FSDP takes
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layers in model.modules():
@@ -237,66 +235,23 @@ def shard(model: nn.Module, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def is_sharded(thing: nn.Module | Tensor) -> bool:
+    """By what FSDP2 gives it: to import its classes takes most of a second, and most runs have no use for them."""
+    return hasattr(thing, "set_requires_gradient_sync") or hasattr(thing, "full_tensor")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor in one piece: all processes must ask. Any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
+def sharded_as(tensor: Tensor, like: Any) -> Tensor:
     """The share of a whole `tensor` that `like` is of its own."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return tensor
-    mesh, device = like.device_mesh, like.device
-    return distribute_tensor(tensor.to(device), mesh, like.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
 
-
-def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
-    """Gives the batch norms below `model` the statistics of all processes' batches, as one batch of all would have."""
-    if alone():
-        return
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        return
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.__class__ = SyncBatchNorm  # the same parameters and buffers
-
-
-class _Mean(torch.autograd.Function):
-    """The mean over all processes, through which gradients flow: each process's loss has a part in every statistic."""
-
-    @staticmethod
-    def forward(_: Any, x: Tensor) -> Tensor:
-        return averaged(x.clone())
-
-    @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:
-        return averaged(gradient.clone())
-
-
-class SyncBatchNorm(_BatchNorm):
-    """On the CPU, for which torch has none."""
-
-    def forward(self, x: Float[Tensor, "batch channels *pixels"]) -> Float[Tensor, "batch channels *pixels"]:
-        if not self.training:
-            return super().forward(x)
-        dims = [dim for dim in range(x.ndim) if dim != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        wide = x if x.dtype == torch.float64 else x.float()
-        mean = _Mean.apply(wide.mean(dims))  # of means, since every process has as many rows
-        variance = _Mean.apply((wide - mean.view(shape)).square().mean(dims))
-        with torch.no_grad():
-            count = dist.get_world_size() * x.numel() // x.shape[1]
-            tracked = self.get_buffer("num_batches_tracked").add_(1)
-            weight = 1 / tracked.item() if self.momentum is None else self.momentum
-            self.get_buffer("running_mean").lerp_(mean, weight)
-            self.get_buffer("running_var").lerp_(variance * count / (count - 1), weight)
-        normal = (wide - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
-        out: Tensor = normal * self.weight.view(shape) + self.bias.view(shape)
-        return out.to(x.dtype)
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        pass
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 # ---- what is printed at the start -----------------------------------------------------------------------------------

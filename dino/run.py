@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dino.augmentation import DINOTransform
+from dino.batch_norm import synchronise_batch_norm
 from dino.batches import Steps, accumulation_for, steps_in_epoch, steps_of
 from dino.checkpoint import load_teacher, seed_all
 from dino.config.node import build
@@ -19,7 +20,6 @@ from dino.distributed import (
     shard,
     sharded_as,
     share_buffers,
-    synchronise_batch_norm,
     together,
     topology,
     whole,

@@ -94,7 +94,7 @@ def changes_no_result(key: str) -> bool:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(key, value before, value now) of every setting that differs, but for FREE and COUNTED ones."""
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = dict(flat(before)), dict(flat(now))
     return [
         (key, old.get(key, "unset"), new.get(key, "unset"))
         for key in sorted(old.keys() | new.keys())
@@ -102,10 +102,10 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, 
     ]
 
 
-def _flat(node: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flat(node: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     pairs: list[tuple[str, Any]] = []
     for key, value in node.items():
-        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(prefix + key, value)]
+        pairs += flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(prefix + key, value)]
     return pairs
 
 

@@ -240,6 +240,10 @@ def _log_to(path: Path, first: bool) -> Iterator[None]:
     try:
         with logging_redirect_tqdm([package]):
             yield
+    except Exception as error:
+        if path.exists():  # a run that was refused leaves nothing; the terminal has it from whoever handles it
+            file.handle(logging.makeLogRecord({"msg": f"{type(error).__name__}: {error}"}))
+        raise
     finally:
         package.level, package.propagate = before
         for handler in (terminal, file):

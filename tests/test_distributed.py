@@ -19,6 +19,7 @@ from torch import nn
 from dino import KNN, DinoLoss, DinoModel, DinoProjectionHead, DINOTransform, Schedule, Steps, parameter_groups
 from dino.backbone.resnet import SmallResNet
 from dino.backbone.vit import ViT
+from dino.batch_norm import synchronise_batch_norm
 from dino.batches import StepSampler
 from dino.config.check import check
 from dino.dataset.textures import Textures
@@ -34,7 +35,6 @@ from dino.distributed import (
     my_share,
     place,
     shard,
-    synchronise_batch_norm,
     together,
     topology,
     whole,
@@ -102,9 +102,7 @@ def five_steps(kind, dtype, batch_size, accumulation, lr, synchronise=True, shar
     """Five steps from the same weights on the same images; parameters, center and mean loss of each step."""
     torch.manual_seed(0)
     backbone = (
-        ViT(hidden_dim=32, depth=2, heads=2, patch_size=8, image_size=32)
-        if kind == "vit"
-        else SmallResNet(width=8)
+        ViT(hidden_dim=32, depth=2, heads=2, patch_size=8, image_size=32) if kind == "vit" else SmallResNet(width=8)
     )
     student = DinoModel(backbone, DinoProjectionHead(backbone.output_dim, 32, 16, 48, use_bn=kind != "vit")).to(dtype)
     if synchronise:

@@ -199,11 +199,11 @@ def _check_between_parts(config: Mapping[str, Any], problems: Problems) -> None:
             f"training.effective_batch={whole}: expected a multiple of training.batch_size={batch}"
             f"{f' x {ranks} processes' if ranks > 1 else ''}; change one of them",
         )
-    if value_at(config, "training.sharded") is True and value_at(config, "optimizer.fused") is True:
-        if str(value_at(config, "optimizer._target_")).endswith("SGD"):
-            text = "optimizer.fused=True: torch's fused SGD takes no sharded parameters; set optimizer.fused=false"
-            problems.add("optimizer.fused", text)
-    if value_at(config, "training.sharded") is True and value_at(config, "precision") == "fp16":
+    sharded, target = value_at(config, "training.sharded") is True, str(value_at(config, "optimizer._target_"))
+    if sharded and value_at(config, "optimizer.fused") is True and target.endswith("SGD"):
+        text = "optimizer.fused=True: torch's fused SGD takes no sharded parameters; set optimizer.fused=false"
+        problems.add("optimizer.fused", text)
+    if sharded and value_at(config, "precision") == "fp16":
         problems.add("precision", "precision=fp16: needs training.sharded=false; use bf16 or fp32")
     views = value_at(config, "augmentation.num_local_views")
     if isinstance(views, int) and views > MOST_VIEWS:

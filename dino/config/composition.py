@@ -17,7 +17,7 @@ from dino.config.node import did_you_mean, ended, shown
 from dino.refused import Refused
 
 # Hydra has plain ValueErrors and TypeErrors too, for an override of a wrong kind (backbone=1).
-FAILURES = (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError)
+FAILURES = (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, AttributeError)
 
 
 def compose(overrides: list[str], config_name: str, directory: Path) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _explained(override: Override, error: Exception, config: DictConfig) -> tupl
     name = ""
     at: list[str] = []
     for name in key.split("."):
-        if not isinstance(parent, DictConfig):
+        if not isinstance(parent, DictConfig) or parent._is_none():
             return f"{text}: {'.'.join(at)} is a value and has no keys; set it with {'.'.join(at)}=...", None
         if name not in parent:
             break
