@@ -120,7 +120,7 @@ def seed_all(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """Every global random generator of this process, as plain values and tensors."""
+    """Every global random generator of this process and its device, as plain values and tensors."""
     numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
     return {
         "python": random.getstate(),
@@ -129,7 +129,7 @@ def rng_state() -> dict[str, Any]:
             "state": {**numpy["state"], "key": torch.from_numpy(numpy["state"]["key"].astype(np.int64))},
         },
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -139,8 +139,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     inner = state["numpy"]["state"]
     np.random.set_state({**state["numpy"], "state": {**inner, "key": inner["key"].numpy().astype(np.uint32)}})
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _construct(node: dict[str, Any], **late: Any) -> nn.Module:

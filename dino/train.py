@@ -105,7 +105,8 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     from dino.run_directory import claim
 
     started = time.monotonic()
-    run = assemble(config)
+    with together():
+        run = assemble(config)
     if state is not None and state["effective_batch"] != run.effective_batch:
         raise Refused(
             f"{directory} was trained with steps of {state['effective_batch']} images, and these settings and "
@@ -115,7 +116,8 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     if first:
         claim(directory, config)  # not before: a config that can't be had leaves nothing behind
     log.info("%s\ndirectory  %s", run, directory)
-    history = _history(run, config, directory, state)
+    with together():
+        history = _history(run, config, directory, state)
     if state is not None:
         run.load_state_dict(state)
         log.info("resumed at step %d", start)

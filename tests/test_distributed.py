@@ -421,7 +421,7 @@ def test_another_effective_batch_does_not_continue_a_run(by_one):
     assert "make steps of 4; give training.effective_batch=8" in refused.stderr
 
 
-DROPPING = [*TINY, *PLAIN[:3], "backbone.drop_path=0.3", "training.batch_size=4", "name=a"]
+DROPPING = [*TINY, *PLAIN[:3], "backbone.drop_path=0.3", "training.batch_size=4", "name=a", "evaluator=none"]
 
 
 def test_a_process_that_is_killed_ends_the_others_torchrun_restarts_all_and_the_run_ends_bit_identical(tmp_path):
@@ -497,6 +497,7 @@ def test_a_refusal_is_said_once(tmp_path):
 def test_sharded_students_resume_and_their_checkpoints_hold_whole_tensors(tmp_path):
     (tmp_path / "whole").mkdir()
     sharded = [*LONG, "training.batch_size=4", "training.sharded=true", "training.epochs=1", "checkpoint.keep=20"]
+    sharded.append("evaluator=none")
     status, said = together_until_done(2, *sharded, "checkpoint.every_minutes=1e-9", cwd=tmp_path)
     assert status == 0, said
     run = tmp_path / "outputs" / "a"
