@@ -177,12 +177,12 @@ def gathered(rows: Shaped[Tensor, "mine ..."], total: int, chunk: int = 65536) -
     """
     if alone():
         return rows
-    whole = []
+    joined = []
     for piece in torch.split(rows.contiguous(), chunk):
         pieces = [torch.empty_like(piece) for _ in range(dist.get_world_size())]
         dist.all_gather(pieces, piece)
-        whole.append(torch.stack(pieces, dim=1).flatten(0, 1))
-    return torch.cat(whole)[:total]  # what was repeated is last
+        joined.append(torch.stack(pieces, dim=1).flatten(0, 1))
+    return torch.cat(joined)[:total]  # what was repeated is last
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from dino.backbone.resnet import SmallResNet
 from dino.backbone.vit import ViT
 from dino.batch_norm import synchronise_batch_norm
 from dino.batches import StepSampler
+from dino.config import CONF, compose
 from dino.config.check import check
 from dino.dataset.textures import Textures
 from dino.distributed import (
@@ -42,6 +43,7 @@ from dino.distributed import (
 from dino.history import History
 from dino.model import make_teacher
 from dino.refused import Refused
+from dino.run import assemble
 from dino.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -291,6 +293,16 @@ def test_one_process_has_no_process_group():
     assert topology(torch.device("cpu")).startswith("1 on ")
 
 
+def learning_rate():
+    overrides = [*TINY, "scheduler.reference_batch_size=16", "scheduler.warmup_epochs=0"]
+    return assemble(compose(overrides, "train", CONF)).schedule(0).learning_rate
+
+
+def test_the_learning_rate_follows_the_effective_batch():
+    one = learning_rate()
+    assert run_in_ranks(2, learning_rate) == [2 * one, 2 * one]
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -332,8 +344,6 @@ def test_two_processes_on_one_gpu_are_refused():
 
 
 def test_one_device_for_several_processes_is_refused_at_the_door(monkeypatch):
-    from dino.config import CONF, compose
-
     config = compose(["device=cuda:1", "training.sharded=true", "optimizer=sgd"], "train", CONF)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -473,7 +483,7 @@ class BrokenOnOne(Textures):
 
     def __getitem__(self, index):
         BrokenOnOne.reads += 1
-        if place().rank == 1 and self.reads > 150:
+        if place().rank == 1 and self.reads > 60:  # in the second epoch
             raise OSError(f"image {index} can't be read")
         return super().__getitem__(index)
 
