@@ -181,7 +181,7 @@ def assemble(config: dict[str, Any]) -> Run:
         **config["teacher"],
     )
     if here.rank:
-        seed_all(config["seed"] + here.rank)  # the same weights, from here on other draws (of drop path)
+        seed_all((config["seed"] + here.rank) % 2**32)  # the same weights, from here on other draws (of drop path)
     return Run(
         device=device,
         precision=precision,
