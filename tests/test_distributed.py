@@ -458,6 +458,17 @@ def test_a_process_that_is_killed_ends_the_others_torchrun_restarts_all_and_the_
     assert_same_run(tmp_path / "outputs" / "a", tmp_path / "whole" / "outputs" / "a")
 
 
+def test_the_others_say_so_where_the_first_is_killed(tmp_path):
+    with torchrun(2, *DROPPING, "training.epochs=500", cwd=tmp_path) as started:
+        checkpoints = tmp_path / "outputs" / "a" / "checkpoints"
+        while started.poll() is None and not list(checkpoints.glob("step_*.pt")):
+            time.sleep(0.005)
+        os.kill(pids_of_ranks(started.pid)[0], signal.SIGKILL)
+        said = wait(started, 60)
+    assert started.returncode == 1
+    assert said.count("process 1 of 2 lost another, which failed or was killed") == 1
+
+
 def test_a_signal_to_one_process_stops_all_at_the_same_step_with_a_checkpoint(tmp_path):
     with torchrun(2, *DROPPING, "training.epochs=500", cwd=tmp_path) as started:
         checkpoints = tmp_path / "outputs" / "a" / "checkpoints"

@@ -27,6 +27,7 @@ from dino.config.composition import compose, composed, plain
 from dino.config.multirun import TRACEBACKS, described, of_a_sweep, one_line, one_of_a_sweep, say
 from dino.config.node import build
 from dino.config.sweep import CONF, Sweep, check_runs, is_multirun, run_name, sweep_of
+from dino.distributed import PeerLost
 from dino.refused import Refused
 
 __all__ = ["CONF", "Refused", "build", "command", "compose", "run_name", "sweep_of"]
@@ -88,7 +89,7 @@ def _alone(run: Callable[[], Any]) -> Any:
         status, words = described(error)
         if TRACEBACKS or status is None:
             raise
-        say(words)
+        say(words, by_all=isinstance(error, PeerLost))
         sys.exit(status)
 
 

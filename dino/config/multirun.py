@@ -75,9 +75,12 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def say(sentences: Iterable[str]) -> None:
-    """On stderr, a line each; from the first of the processes that train together, for all find the same."""
-    if _is_first():
+def say(sentences: Iterable[str], by_all: bool = False) -> None:
+    """On stderr, a line each; from the first of the processes that train together, for all find the same.
+
+    `by_all`: from each, where the first may be gone.
+    """
+    if by_all or _is_first():
         for text in sentences:
             print(text, file=sys.stderr, flush=True)
 
