@@ -1,7 +1,8 @@
 """Multi-crop augmentation (DINO, arXiv 2104.14294, Sec. 3.1 and 3.2) in two halves, each usable alone.
 
-`crop` is the geometry: in the data worker, from one decoded image to uint8 views. `augment` is the photometry: batched,
-on whatever device the views are on. `transform(image)` is the one applied to the other.
+`crop` is the geometry: in the data worker, from one decoded image to uint8 views (or for a batch on the device that
+trains: dino/crops.py). `augment` is the photometry: batched, on whatever device the views are on. `transform(image)` is
+the one applied to the other.
 """
 
 import math
@@ -10,17 +11,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped, UInt8
+from numpy import ndarray
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
+from torch.utils.data import default_collate
 from torchvision.transforms.v2 import functional as F
 
+from dino.crops import crop_box, cut, resize
 from dino.photometry import ORDERS, Draws, augment_
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DRAWS = 10  # uniform numbers that decide what happens to one view of one sample
-LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))  # width / height of a crop; RandomResizedCrop's default
 
 
 class DINOTransform:
@@ -92,6 +94,7 @@ class DINOTransform:
         self.num_local_views = num_local_views
         self.ncrops = self.n_global_crops + num_local_views
         self.global_size, self.local_size = global_size, local_size
+        self.sizes = [global_size] * self.n_global_crops + [local_size] * num_local_views
         self.global_scale, self.local_scale = global_scale, local_scale
         self.horizontal_flip = horizontal_flip
         self.jitter_probability, self.gray_probability = jitter_probability, gray_probability
@@ -112,16 +115,12 @@ class DINOTransform:
         """Random resized and flipped views of a PIL image or a uint8 [3, H, W]; all of them are a function of `rng`."""
         image = image_tensor(image)
         rng = np.random.default_rng(_fresh_seed()) if rng is None else rng
-        height, width = image.shape[1:]
-        views = []
-        for view in range(self.ncrops):
-            is_global = view < self.n_global_crops
-            size = self.global_size if is_global else self.local_size
-            top, left, h, w = crop_box(height, width, self.global_scale if is_global else self.local_scale, rng)
-            piece = resize(image[:, top : top + h, left : left + w], [size, size])
-            flipped = piece.flip(2) if rng.random() < self.horizontal_flip else piece
-            views.append(flipped.contiguous())
-        return views
+        return cut(image, self.boxes(image.shape[1], image.shape[2], rng), self.sizes)
+
+    def boxes(self, height: int, width: int, rng: np.random.Generator) -> Int[ndarray, "views 5"]:
+        """Where `crop` cuts the views of an image of this size: (top, left, height, width, 1 where it is mirrored)."""
+        scales = [self.global_scale] * self.n_global_crops + [self.local_scale] * self.num_local_views
+        return np.array([(*crop_box(height, width, s, rng), rng.random() < self.horizontal_flip) for s in scales])
 
     def augment(
         self, views: Sequence[UInt8[Tensor, "batch 3 _ _"]], seed: Sequence[int] | None = None, start: int = 0
@@ -162,8 +161,7 @@ class DINOTransform:
 
         jitter, order, *factors, gray, blur, sigma, solarize = uniform
         low, high = self.blur_sigma
-        sizes = [self.global_size] * self.n_global_crops + [self.local_size] * self.num_local_views
-        scale = np.array([[self._blur_scale(size)] for size in sizes])
+        scale = np.array([[self._blur_scale(size)] for size in self.sizes])
         whole = Draws(
             jitter=jitter < self.jitter_probability,
             order=ORDERS[(order * len(ORDERS)).astype(int)],
@@ -210,23 +208,8 @@ def collate_multi_crop(
 ) -> tuple[list[Shaped[Tensor, "batch 3 _ _"]], Int[Tensor, " batch"]]:
     """[(views, label), ...] -> (each view stacked over the batch, labels)."""
     views, labels = zip(*batch, strict=True)
-    return [torch.stack(same_view) for same_view in zip(*views, strict=True)], torch.tensor(labels, dtype=torch.int64)
-
-
-def crop_box(
-    height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) as RandomResizedCrop draws it: area uniform in `scale`, log-uniform ratio; after ten
-    draws that do not fit, the largest central crop of an admissible ratio."""
-    for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(*LOG_RATIO))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    narrowest, widest = map(math.exp, LOG_RATIO)
-    w, h = min(width, round(height * widest)), min(height, round(width / narrowest))
-    return (height - h) // 2, (width - w) // 2, h, w
+    # torch's own collation writes what a worker makes to shared memory at once, where stacking would copy it there.
+    return [default_collate(list(same_view)) for same_view in zip(*views, strict=True)], torch.tensor(labels)
 
 
 def image_tensor(image: Image.Image | Tensor) -> UInt8[Tensor, "3 height width"]:
@@ -239,12 +222,6 @@ def image_tensor(image: Image.Image | Tensor) -> UInt8[Tensor, "3 height width"]
             "Convert it in the dataset's __getitem__."
         )
     return image
-
-
-def resize(image: UInt8[Tensor, "3 _ _"], size: list[int]) -> UInt8[Tensor, "3 _ _"]:
-    """Antialiased and bicubic, as the authors' (PIL antialiases always); one number is the shorter side."""
-    resized: Tensor = F.resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return resized
 
 
 def standardise_(

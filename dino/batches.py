@@ -1,4 +1,4 @@
-"""From a dataset to the steps of a run: which images, cut into which views, in which order, from which step on."""
+"""From a dataset to the steps of a run: which images, in which order, from which step on."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,27 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from dino.augmentation import DINOTransform, collate_multi_crop
+from dino.augmentation import DINOTransform
+from dino.broken import TooManyBroken, note
 from dino.refused import Refused
+from dino.views import Samples, crops_of
 
-# One stream of random numbers for each use, so that no two uses ever share one.
-ORDER, GEOMETRY, PHOTOMETRY = 1, 2, 3
-
-
-class MultiCropDataset(Dataset[tuple[list[Tensor], int]]):
-    """`dataset[(epoch, index)] -> (uint8 views, label)`: the worker's half of the transform.
-
-    The crops depend on (seed, epoch, index) alone, so that they are the same for any number of workers and on resume.
-    """
-
-    def __init__(self, dataset: Any, transform: DINOTransform, seed: int) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], int]:
-        image, label = self.dataset[key[1]]
-        return self.transform.crop(image, np.random.default_rng([self.seed, GEOMETRY, *key])), label
+# One stream of random numbers for each use, so that no two uses ever share one. 2 is dino.views.GEOMETRY.
+ORDER, PHOTOMETRY = 1, 3
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -72,8 +60,10 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 class Steps:
     """`for step, parts in Steps(...)`: one optimizer update each, in `accumulation` parts, each a list of ready views.
 
-    A part is moved to the device, and photometry done there in one batch, when the loop asks for it. One loader serves
-    all epochs: no worker starts anew between two, and the first batch of an epoch is there when the last one is done.
+    A part becomes views on the device, and photometry is done there in one batch, when the loop asks for it. One loader
+    serves all epochs: no worker starts anew between two, and the first batch of an epoch is there when the last one is
+    done.
+    `broken` fills with a sentence for each image that could not be read and was passed over.
     """
 
     def __init__(
@@ -89,14 +79,19 @@ class Steps:
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        device_does: str = "photometry",
+        broken: set[str] | None = None,
     ) -> None:
         self.transform, self.accumulation, self.seed, self.device = transform, accumulation, seed, torch.device(device)
         end = steps_in_epoch(len(dataset), batch_size, accumulation * world_size) if end is None else end
         self.sampler = StepSampler(len(dataset), batch_size, accumulation, seed, start, end, rank, world_size)
+        self.broken = set() if broken is None else broken
+        self.crops = crops_of(dataset, transform, device_does, self.broken)
+        samples = Samples(self.crops, seed, len(dataset))
         self.loader = DataLoader(
-            MultiCropDataset(dataset, transform, seed),
+            samples,
             batch_sampler=self.sampler,
-            collate_fn=collate_multi_crop,
+            collate_fn=samples.collate,
             num_workers=num_workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else starting the loader would draw from the run's own generator
@@ -110,12 +105,21 @@ class Steps:
         for step in range(self.sampler.start, self.sampler.end):
             yield step, self._parts(step, batches)
 
-    def _parts(self, step: int, batches: Iterator[tuple[list[Tensor], Tensor]]) -> Iterator[list[Tensor]]:
+    def _parts(self, step: int, batches: Iterator[tuple[Any, list[str]]]) -> Iterator[list[Tensor]]:
         for part in range(self.accumulation):
-            views, _ = next(batches)
-            views = [view.to(self.device, non_blocking=True) for view in views]
+            batch, broken = _next(batches)
+            note(broken, self.broken)
+            views = self.crops.views(batch, self.device)
             start = self.sampler.position(part)
             yield self.transform.augment(views, seed=(self.seed, PHOTOMETRY, step), start=start)
+
+
+def _next(batches: Iterator[tuple[Any, list[str]]]) -> tuple[Any, list[str]]:
+    try:
+        return next(batches)
+    except TooManyBroken as error:  # from a worker it comes with the traceback there; its own words are last
+        words = str(error).splitlines()[-1].removeprefix(f"{TooManyBroken.__module__}.TooManyBroken: ")
+        raise TooManyBroken(words) from error
 
 
 def steps_in_epoch(images: int, batch_size: int, passes: int) -> int:

@@ -1,9 +1,11 @@
 """Which device and which number format a run uses."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +52,25 @@ def default_workers(device: torch.device) -> int:
     taken from one stalls all (on two cores, one worker beside two threads: 75 images/s, where none gave 101)."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's; SLURM gives each process cores of its own
     return 0 if device.type == "cpu" else min(8, max(1, usable_cores() // processes))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: of a GPU, or of this machine within what SLURM or a container allows."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo, own = Path("/proc/meminfo"), Path("/proc/self/cgroup")
+    if not meminfo.exists():  # macOS: all that is built in
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free = [1024 * int(lines["MemAvailable"].split()[0])]
+    groups = [line.split(":", 2)[2] for line in own.read_text().splitlines() if line.startswith("0::")]
+    for group in [Path("/sys/fs/cgroup", path.lstrip("/")) for path in groups]:
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # "max": without a limit; or no such file
+                limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                free.append(max(0, limit - used + int(statistics["inactive_file"])))  # what the disk's cache gives back
+    return min(free)
 
 
 def describe(device: torch.device) -> str:

@@ -257,8 +257,11 @@ def sharded_as(tensor: Tensor, like: Any) -> Tensor:
 # ---- what is printed at the start -----------------------------------------------------------------------------------
 
 
-def topology(device: torch.device) -> str:
-    """The processes and their machines, in words. Raises Refused, on all of them, where two would share one GPU."""
+def topology(device: torch.device) -> tuple[str, int]:
+    """The processes and their machines in words, and how many are on this one.
+
+    Raises Refused, on all of them, where two would share one GPU.
+    """
     machine = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
     places = from_all((machine, gpu))
@@ -273,4 +276,4 @@ def topology(device: torch.device) -> str:
             f"; {gpus - machines[machine]} of {gpus} GPUs here are not used: "
             f"torchrun --nproc-per-node {gpus} -m dino.train ... takes all"
         )
-    return words
+    return words, machines[machine]

@@ -14,10 +14,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dino.augmentation import EvalTransform
+from dino.broken import first_readable, note
 from dino.distributed import gathered, my_share
 
 log = logging.getLogger(__name__)
 Features = tuple[Float[Tensor, "images dim"], Int[Tensor, " images"]]
+UNREAD = -1  # label of an image that is left out
 Bank = tuple[Float[Tensor, "bank dim"], Int[Tensor, " bank"]]
 
 
@@ -39,20 +41,27 @@ class KNN:
         device: torch.device | str = "cpu",
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         num_workers: int = 0,
+        broken: set[str] | None = None,
     ) -> dict[str, float]:
-        """{"knn": accuracy in [0, 1] of `val` by its neighbours in `train`}. The backbone is used in eval mode."""
+        """{"knn": accuracy in [0, 1] of `val` by its neighbours in `train`}. The backbone is used in eval mode.
+
+        Images that cannot be read are left out, with a sentence each in `broken`.
+        """
         if train.classes is None or val.classes is None:
             return {}
         was_training = {module: module.training for module in backbone.modules()}
         backbone.eval()
         try:
-            mine, queries = (self._features(backbone, data, device, autocast, num_workers) for data in (train, val))
+            mine, queries = (
+                self._features(backbone, data, device, autocast, num_workers, broken) for data in (train, val)
+            )
         finally:
             for module, training in was_training.items():
                 module.training = training
-        bank = (gathered(mine[0], len(train)), gathered(mine[1], len(train)))
-        hits = knn_hits(bank, queries, self.k, self.temperature)
-        return {"knn": gathered(hits.to(torch.uint8), len(val)).sum().item() / len(val)}
+        features, labels = gathered(mine[0], len(train)), gathered(mine[1], len(train))
+        hits = knn_hits((features[labels != UNREAD], labels[labels != UNREAD]), queries, self.k, self.temperature)
+        hit, read = (gathered(which.to(torch.uint8), len(val)).sum().item() for which in (hits, queries[1] != UNREAD))
+        return {"knn": hit / max(1, read)}
 
     def baselines(
         self,
@@ -62,36 +71,48 @@ class KNN:
         device: torch.device | str = "cpu",
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         num_workers: int = 0,
+        broken: set[str] | None = None,
     ) -> dict[str, float]:
         """What must be beaten: k-NN on raw pixels, and on the untrained `backbone` with calibrated batch norms."""
         if train.classes is None or val.classes is None:
             return {}
         log.info("measuring raw pixels and the untrained backbone, %d images each", len(train) + len(val))
-        rest = (train, val, device, autocast, num_workers)
-        images = (views for views, _ in self._batches(train, num_workers, shuffle=True))
+        rest = (train, val, device, autocast, num_workers, broken)
+        images = (views for views, *_ in self._batches(train, num_workers, shuffle=True))
         calibrated = calibrate(backbone, (self.transform.normalise(batch.to(device)) for batch in images), autocast)
         return {"raw_pixels": self(RawPixels(), *rest)["knn"], "untrained": self(calibrated, *rest)["knn"]}
 
     @torch.inference_mode()
     def _features(
-        self, backbone: nn.Module, data: Any, device: Any, autocast: Callable[[], Any], num_workers: int
+        self,
+        backbone: nn.Module,
+        data: Any,
+        device: Any,
+        autocast: Callable[[], Any],
+        num_workers: int,
+        broken: set[str] | None,
     ) -> Features:
         """Of this process's share of `data`."""
         features, labels = [], []
-        for images, targets in self._batches(Subset(data, my_share(len(data))), num_workers):
+        for images, targets, sentences in self._batches(Subset(data, my_share(len(data))), num_workers):
             with autocast():
                 out = backbone(self.transform.normalise(images.to(device, non_blocking=True)))
             features.append(out.float())
             labels.append(targets.to(device))
+            if broken is not None:
+                note(sentences, broken)
         return torch.cat(features), torch.cat(labels)
 
-    def _batches(self, data: Any, num_workers: int, shuffle: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(
+        self, data: Any, num_workers: int, shuffle: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         return iter(
             DataLoader(
                 _Prepared(data, self.transform),
                 batch_size=self.batch_size,
                 shuffle=shuffle,
                 num_workers=num_workers,
+                collate_fn=_collate,
                 generator=torch.Generator().manual_seed(0),  # the run's own generator stays where it is
             )
         )
@@ -157,13 +178,20 @@ def calibrate(
     return calibrated.eval()
 
 
-class _Prepared(Dataset[tuple[Tensor, int]]):
+class _Prepared(Dataset[tuple[Tensor, int, list[str]]]):
+    """(image, label, what could not be read): in place of a broken image stands another, without a label."""
+
     def __init__(self, data: Any, transform: EvalTransform) -> None:
         self.data, self.transform = data, transform
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.data[index]
-        return self.transform(image), label
+    def __getitem__(self, index: int) -> tuple[Tensor, int, list[str]]:
+        (image, label), broken = first_readable(self.data.__getitem__, index, len(self.data))
+        return self.transform(image), UNREAD if broken else label, broken
+
+
+def _collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    images, labels, broken = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels), [sentence for sentences in broken for sentence in sentences]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dino.broken import LIST, MOST, TooManyBroken, too_many
 from dino.distributed import averaged, largest, place
 from dino.history import History
 from dino.logger import Loggers
@@ -67,6 +68,7 @@ class Journal:
 
     evaluate: () -> metrics of the teacher now, {} where there is nothing to measure.
     checkpoint: (iteration, the journal's own state, whether it is the best by k-NN) -> None.
+    broken: grows by a sentence for each image, of `images` in all, that could not be read.
     Numbers stay on the device between log steps, so that a GPU is not waited for; every loss is looked at all the same.
     With several processes each has a journal, and all decide the same at the same step; `writes` is true in one.
     """
@@ -80,6 +82,8 @@ class Journal:
         evaluate: Callable[[], dict[str, float]],
         checkpoint: Callable[[int, dict[str, Any], bool], None],
         stop: StopSignal,
+        broken: set[str],
+        images: int,
         start: int,
         total_steps: int,
         steps_per_epoch: int,
@@ -94,6 +98,7 @@ class Journal:
         self.directory, self.history, self.loggers, self.loss = directory, history, loggers, loss
         self.writes = writes
         self.evaluate, self.checkpoint, self.stop = evaluate, checkpoint, stop
+        self.broken, self.images = broken, images
         self.total_steps, self.steps_per_epoch, self.effective_batch = total_steps, steps_per_epoch, effective_batch
         self.log_every_steps, self.evaluate_every_epochs = log_every_steps, evaluate_every_epochs
         self.checkpoint_every_epochs, self.checkpoint_every_minutes = checkpoint_every_epochs, checkpoint_every_minutes
@@ -132,15 +137,23 @@ class Journal:
         epoch = done // self.steps_per_epoch
         minutes = (time.monotonic() - self.last_save) / 60
         # A signal may reach one process alone, and clocks differ: all must do the same.
-        signum, overdue = largest(self.stop.signum or 0, minutes >= self.checkpoint_every_minutes)
+        signum, overdue, broken = largest(
+            self.stop.signum or 0, minutes >= self.checkpoint_every_minutes, len(self.broken)
+        )
         if (
             at_end
             or step == self.first_step  # a full or odd disk shows at once
             or overdue
             or (at_epoch_end and (best or epoch % self.checkpoint_every_epochs == 0))
             or signum
+            or too_many(broken, self.images)
         ):
             self._save(done, best)
+        if too_many(broken, self.images):
+            raise TooManyBroken(
+                f"{broken:,} of {self.images:,} images cannot be read, more than {MOST:.0%}; they are listed in "
+                f"{self.directory / LIST}. Repair them and run the same command, or start anew without them."
+            )
         if signum:
             largest(0)  # until the checkpoint is written: a launcher ends all when one process ends
             raise Interrupted(signum)

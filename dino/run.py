@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from dino.batch_norm import synchronise_batch_norm
 from dino.batches import Steps, accumulation_for, steps_in_epoch, steps_of
 from dino.checkpoint import load_teacher, seed_all
 from dino.config.node import build
+from dino.dataset.cache import cached
 from dino.device import autocast_for, choose_device, choose_precision, default_workers, describe
 from dino.distributed import (
     in_turn,
@@ -41,6 +42,8 @@ class Run:
     precision: str
     autocast: Callable[[], AbstractContextManager[Any]]
     num_workers: int
+    device_does: str
+    cache: str
     train_set: Any
     val_set: Any
     transform: DINOTransform
@@ -59,11 +62,17 @@ class Run:
     evaluator: Any
     seed: int
     topology: str
+    broken: set[str] = field(default_factory=set)  # a sentence for each image that could not be read so far
 
     @property
     def effective_batch(self) -> int:
         """Images to one update, of all processes."""
         return self.batch_size * self.accumulation * self.world_size
+
+    @property
+    def images(self) -> dict[str, Any]:
+        """What the order of images goes by: a run can go on with the same alone."""
+        return {"number": len(self.train_set), "fingerprint": getattr(self.train_set, "fingerprint", None)}
 
     def steps(self, start: int) -> Steps:
         """The rest of the run from step `start` on."""
@@ -79,6 +88,8 @@ class Run:
             self.num_workers,
             self.rank,
             self.world_size,
+            self.device_does,
+            self.broken,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,7 +122,8 @@ class Run:
             self.val_set,
             device=self.device,
             autocast=self.autocast,
-            num_workers=self.num_workers,
+            num_workers=0 if self.cache == "device" else self.num_workers,  # a worker has no way to what the GPU holds
+            broken=self.broken,
         )
 
     def __str__(self) -> str:
@@ -141,10 +153,10 @@ def assemble(config: dict[str, Any]) -> Run:
     workers = training["num_workers"]
 
     here = place()
-    processes = topology(device)
+    processes, on_this_machine = topology(device)
 
     with together(), in_turn():
-        train_set, val_set = build(config["dataset"]["train"]), build(config["dataset"]["val"])
+        datasets = {split: build(config["dataset"][split]) for split in ("train", "val")}
     accumulation = accumulation_for(
         training["batch_size"],
         training["gradient_accumulation_steps"],
@@ -153,8 +165,11 @@ def assemble(config: dict[str, Any]) -> Run:
     )
     passes = accumulation * here.world_size
     effective_batch = training["batch_size"] * passes
-    steps_in_epoch(len(train_set), training["batch_size"], passes)  # refuses too few images before any is used
-    steps_per_epoch, total_steps = steps_of(len(train_set), effective_batch, training["epochs"], training["max_steps"])
+    images, cache = len(datasets["train"]), config["dataset"]["cache"]
+    steps_in_epoch(images, training["batch_size"], passes)  # refuses too few images before any is used
+    steps_per_epoch, total_steps = steps_of(images, effective_batch, training["epochs"], training["max_steps"])
+    with together():
+        datasets = cached(datasets, cache, config["dataset"]["cache_side"], device, on_this_machine)
     transform = build(config["augmentation"])
 
     seed_all(config["seed"])
@@ -187,8 +202,10 @@ def assemble(config: dict[str, Any]) -> Run:
         precision=precision,
         autocast=autocast_for(device, precision),
         num_workers=default_workers(device) if workers == "auto" else workers,
-        train_set=train_set,
-        val_set=val_set,
+        device_does=training["device_does"],
+        cache=cache,
+        train_set=datasets["train"],
+        val_set=datasets["val"],
         transform=transform,
         rank=here.rank,
         world_size=here.world_size,

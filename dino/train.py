@@ -98,6 +98,7 @@ def run(config: dict[str, Any], directory: Path) -> float:
 
 
 def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None, stop: Any) -> float:
+    from dino.broken import LIST
     from dino.checkpoint import set_rng_state
     from dino.journal import Journal
     from dino.logger import Loggers
@@ -107,11 +108,8 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     started = time.monotonic()
     with together():
         run = assemble(config)
-    if state is not None and state["effective_batch"] != run.effective_batch:
-        raise Refused(
-            f"{directory} was trained with steps of {state['effective_batch']} images, and these settings and "
-            f"processes make steps of {run.effective_batch}; give training.effective_batch={state['effective_batch']}."
-        )
+    with together():
+        _check_same(run, state, directory)
     first, start = run.rank == 0, 0 if state is None else state["iteration"]
     if first:
         claim(directory, config)  # not before: a config that can't be had leaves nothing behind
@@ -133,6 +131,8 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
         evaluate=run.evaluate,
         checkpoint=_checkpointer(run, config, directory, history, loggers, start),
         stop=stop,
+        broken=run.broken,
+        images=len(run.train_set) + len(run.val_set),
         start=start,
         total_steps=run.total_steps,
         steps_per_epoch=run.steps_per_epoch,
@@ -167,6 +167,8 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     finally:
         journal.close()
         loggers.finish()
+    if run.broken:
+        log.warning("%d images could not be read and were passed over; see %s", len(run.broken), directory / LIST)
     log.info(
         "done in %.0f s: teacher in %s, plots in %s",
         time.monotonic() - started,
@@ -174,6 +176,23 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
         directory / "plots",
     )
     return float(journal.metrics["last_knn"])
+
+
+def _check_same(run: Any, state: dict[str, Any] | None, directory: Path) -> None:
+    """Raises Refused where the processes, or this start of the run and the one before, do not train on the same."""
+    if any(images != run.images for images in from_all(run.images)):
+        raise Refused("not every process finds the same images; put them on a disk that all share, or copy them whole.")
+    if state is not None and state["images"] != run.images:
+        before, now = state["images"]["number"], run.images["number"]
+        raise Refused(
+            f"{directory} was trained on a list of {before:,} images, and now there is another, of {now:,}; "
+            f"restore the files, or start anew with another name= and init_from={directory}."
+        )
+    if state is not None and state["effective_batch"] != run.effective_batch:
+        raise Refused(
+            f"{directory} was trained with steps of {state['effective_batch']} images, and these settings and "
+            f"processes make steps of {run.effective_batch}; give training.effective_batch={state['effective_batch']}."
+        )
 
 
 def _history(run: Any, config: dict[str, Any], directory: Path, state: dict[str, Any] | None) -> Any:
@@ -198,17 +217,21 @@ def _checkpointer(
     run: Any, config: dict[str, Any], directory: Path, history: Any, loggers: Any, start: int
 ) -> Callable[[int, dict[str, Any], bool], None]:
     """A function that all processes call and the first writes in: (iteration, the journal's state, best so far?)."""
+    from dino.broken import write_list
     from dino.checkpoint import check_read_back, rng_state, save_checkpoint, save_teacher
 
     def checkpoint(iteration: int, metrics: dict[str, Any], best: bool) -> None:
         rng, state = from_all(rng_state()), run.state_dict()
+        run.broken.update(*from_all(sorted(run.broken)))
         if run.rank:
             return
+        write_list(directory, run.broken)
         content = state | {
             "iteration": iteration,
             "epoch": iteration // run.steps_per_epoch,
             "total_steps": run.total_steps,
             "effective_batch": run.effective_batch,
+            "images": run.images,
             "rng": rng,
             "config": config,
             "metrics": metrics,

@@ -10,11 +10,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from dino.augmentation import DINOTransform, EvalTransform, collate_multi_crop, crop_box
+from dino.augmentation import DINOTransform, EvalTransform, collate_multi_crop
+from dino.crops import crop_box
 
 YAML = Path(__file__).parents[1] / "conf" / "augmentation" / "dino.yaml"
 ADJUST = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
@@ -49,43 +49,6 @@ def test_views_are_two_global_then_the_local_ones():
     assert (transform.n_global_crops, transform.ncrops) == (2, 5)
     assert DINOTransform().ncrops == 8
     assert len(small(num_local_views=0)(photo())) == 2
-
-
-def ks_distance(a, b):
-    at = np.sort(np.concatenate([a, b]))
-    return np.abs(
-        np.searchsorted(np.sort(a), at, "right") / len(a) - np.searchsorted(np.sort(b), at, "right") / len(b)
-    ).max()
-
-
-@pytest.mark.parametrize(
-    ("height", "width"), [(60, 100), (64, 64), (30, 300)], ids=["wide", "square", "often the fallback"]
-)
-@pytest.mark.parametrize("scale", [(0.05, 0.4), (0.4, 1.0)])
-def test_crop_boxes_are_distributed_as_torchvisions(height, width, scale):
-    draws = 3000
-    rng = np.random.default_rng(0)
-    ours = np.array([crop_box(height, width, scale, rng) for _ in range(draws)], dtype=float)
-    torch.manual_seed(0)
-    image = torch.empty(3, height, width)
-    theirs = np.array(
-        [RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(draws)], dtype=float
-    )
-    limit = 1.95 * math.sqrt(2 / draws)  # Kolmogorov-Smirnov, p = 0.001
-    for name, of in {
-        "top": lambda box: box[:, 0],
-        "left": lambda box: box[:, 1],
-        "area": lambda box: box[:, 2] * box[:, 3],
-        "ratio": lambda box: box[:, 3] / box[:, 2],
-        "right": lambda box: box[:, 1] + box[:, 3],
-    }.items():
-        assert ks_distance(of(ours), of(theirs)) < limit, name
-
-
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 50), (50, 1), (2, 90), (300, 20)])
-def test_where_no_draw_fits_the_box_is_torchvisions_central_one(height, width):
-    fallback = RandomResizedCrop.get_params(torch.empty(3, height, width), [1.0, 1.0], [3 / 4, 4 / 3])
-    assert crop_box(height, width, (1.0, 1.0), np.random.default_rng(0)) == tuple(fallback)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 50), (50, 1), (3, 3), (2, 90)])

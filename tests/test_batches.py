@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from dino.augmentation import DINOTransform
-from dino.batches import MultiCropDataset, Steps, StepSampler, accumulation_for, steps_of
+from dino.batches import Steps, StepSampler, accumulation_for, steps_of
 
 
 class Noise:
@@ -54,18 +54,6 @@ def test_another_seed_is_another_order():
 def test_a_step_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match=r"one step takes 32 images \(batch_size 16 x 2 .*the dataset has 23"):
         StepSampler(23, 16, 2, 0, 0, 1)
-
-
-def test_crops_depend_on_seed_epoch_and_index_alone():
-    data = MultiCropDataset(Noise(), TRANSFORM, seed=3)
-    torch.manual_seed(1)
-    first, label = data[(2, 7)]
-    torch.manual_seed(2)
-    again, _ = data[(2, 7)]
-    assert label == 7
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    for other in (data[(3, 7)][0], MultiCropDataset(Noise(), TRANSFORM, seed=4)[(2, 7)][0]):
-        assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_views_are_the_same_for_any_number_of_workers_and_from_any_start():

@@ -40,6 +40,8 @@ def journal(tmp_path, stop=None, measured=(), **changes):
         "evaluate": lambda: next(results, {}),
         "checkpoint": lambda iteration, metrics, best: saved.append((iteration, dict(metrics), best)),
         "stop": stop or StopSignal(),
+        "broken": set(),
+        "images": 1000,
         "start": 0,
         "total_steps": 12,
         "steps_per_epoch": 4,

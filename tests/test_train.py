@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -183,6 +184,8 @@ def stand_in(root, layout, per_class=6):
         "imagenet100": ["train.X1/n01440764", "train.X2/n02102040", "train.X3/n02979186", "train.X4/n03000684"]
         + [f"val.X/{name}" for name in ("n01440764", "n02102040", "n02979186", "n03000684")],
         "folder": ["cats", "dogs"],
+        "huggingface": ["cats", "dogs"],
+        "tar": ["train", "val"],
         "imagenette": [f"imagenette2-160/{split}/{name}" for split in ("train", "val") for name in WNIDS],
     }[layout]
     for number, folder in enumerate(classes):
@@ -192,6 +195,12 @@ def stand_in(root, layout, per_class=6):
                 256, (40, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(99 * number + i)
             )
             Image.fromarray(noise.numpy()).save(root / folder / f"{i}.JPEG")
+            if layout == "tar":
+                (root / folder / f"{i}.cls").write_text(str(i % 2))
+        if layout == "tar":
+            with tarfile.open(root / f"{folder}-000.tar", "w") as shard:
+                for path in sorted((root / folder).iterdir()):
+                    shard.add(path, path.name)
     return root
 
 
@@ -225,7 +234,7 @@ def test_every_yaml_trains_two_steps(group, option, tmp_path, monkeypatch):
     elif target != "textures":
         stand_in(tmp_path / "images", target)
     if target != "textures":
-        overrides.append(f"dataset.root={tmp_path / 'images'}")
+        overrides.append(f"dataset.{'train.path' if target == 'huggingface' else 'root'}={tmp_path / 'images'}")
     config = compose(overrides, "train", CONF)
     knn = run(config, tmp_path / "run")
     labelled = group != "evaluator" or option == "knn"

@@ -59,6 +59,7 @@ OWN: dict[str, Rule] = {
     "training.num_workers": Rule(
         int | Literal["auto"], "auto or a whole number, 0 or more", lambda v: v == "auto" or v >= 0
     ),
+    "training.device_does": Rule(Literal["photometry", "crops", "decode"]),
     "teacher.momentum": FRACTION,
     "teacher.final_momentum": FRACTION,
     "teacher.temp": _above_zero(),
@@ -69,6 +70,8 @@ OWN: dict[str, Rule] = {
     "checkpoint.keep": _from(1),
     "evaluate_every_epochs": _from(1),
     "log_every_steps": _from(1),
+    "dataset.cache": Rule(Literal["none", "ram", "device"]),
+    "dataset.cache_side": _from(1, unless_null=True),
     "dataset.epochs": _from(1),
     "dataset.global_size": _from(1),
     "dataset.local_size": _from(1),

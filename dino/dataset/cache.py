@@ -1,15 +1,27 @@
-"""A data set decoded once and kept in memory."""
+"""A data set decoded once, and kept in memory: this machine's, or the GPU's."""
 
+import logging
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import get_size, pil_to_tensor, resize
+
+from dino.dataset.encoded import BrokenImage
+from dino.device import free_memory
+from dino.refused import Refused
+
+log = logging.getLogger(__name__)
+Where = Literal["none", "ram", "device"]
+BLOCK = 1024  # images to one tensor: few tensors to share with workers, and little memory twice while it is built
+SEEN = 128  # images looked at for the estimate
 
 
 @runtime_checkable  # for the type checks of the test run
@@ -24,34 +36,96 @@ class Images(Protocol):
 
 
 class Cached(Dataset[tuple[Tensor, int]]):
-    """`dataset` as uint8 tensors whose shorter side is at most `shorter_side` pixels (antialiased, never enlarged).
+    """`dataset` as uint8 tensors on `device`, their shorter side at most `shorter_side` pixels (antialiased, never
+    enlarged; None: as they are). Takes 3 bytes a pixel: ImageNette's training images at 96 pixels, 0.26 GB.
 
-    Takes 3 bytes a pixel (ImageNette's training images at 96 pixels: 0.26 GB), twice that while it is built.
+    A broken image raises its BrokenImage whenever it is asked for.
     """
 
-    def __init__(self, dataset: Images, shorter_side: int) -> None:
-        if shorter_side < 1:
+    def __init__(self, dataset: Images, shorter_side: int | None = None, device: torch.device | str = "cpu") -> None:
+        if shorter_side is not None and shorter_side < 1:
             raise ValueError(f"Cached: shorter_side must be at least 1 pixel, got {shorter_side}.")
+        self.classes, self.device = dataset.classes, torch.device(device)
+        self.fingerprint = getattr(dataset, "fingerprint", None)
+        self.broken: dict[int, BrokenImage] = {}
+        self.labels = np.full(len(dataset), -1)
+        self.shapes = np.zeros((len(dataset), 2), dtype=np.int64)
+        self.blocks: list[Tensor] = []
 
-        def decode(index: int) -> tuple[Tensor, int]:
-            image, label = dataset[index]
-            if min(get_size(image)) > shorter_side:
-                image = resize(image, [shorter_side], antialias=True)
-            return image if isinstance(image, Tensor) else pil_to_tensor(image), label
+        def decode(index: int) -> Tensor:
+            try:
+                image, self.labels[index] = dataset[index]
+            except BrokenImage as error:
+                self.broken[index] = error
+                return torch.empty(0, dtype=torch.uint8)
+            bounded = _bounded(image, shorter_side)
+            self.shapes[index] = bounded.shape[1:]
+            # Channels last, as decoders give it: torchvision resizes that in half the time.
+            return bounded.permute(1, 2, 0).flatten()
 
-        with ThreadPoolExecutor() as pool:  # threads are enough: PIL lets go of the interpreter while it decodes
-            decoded = list(pool.map(decode, range(len(dataset))))
-        self.classes = dataset.classes
-        self.labels = [label for _, label in decoded]
-        self.shapes = [image.shape for image, _ in decoded]
-        self.starts = [0, *accumulate(image.numel() for image, _ in decoded)]
-        # One tensor for all: handing a list of them to a spawned worker takes a file descriptor for each.
-        self.pixels = torch.cat([image.flatten() for image, _ in decoded])
+        with ThreadPoolExecutor() as pool:  # threads are enough: decoders let go of the interpreter
+            for start in range(0, len(dataset), BLOCK):
+                block = torch.cat(list(pool.map(decode, range(start, min(start + BLOCK, len(dataset))))))
+                self.blocks.append(block.to(self.device))
+        self.starts = [0, *accumulate(3 * height * width for height, width in self.shapes.tolist())]
 
     def __len__(self) -> int:
-        return len(self.shapes)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "3 height width"], int]:
         index = range(len(self))[index]
-        start, end = self.starts[index], self.starts[index + 1]
-        return self.pixels[start:end].view(self.shapes[index]), self.labels[index]
+        if index in self.broken:
+            raise self.broken[index].with_traceback(None)
+        first = self.starts[index - index % BLOCK]
+        pixels = self.blocks[index // BLOCK][self.starts[index] - first : self.starts[index + 1] - first]
+        return pixels.view(*self.shapes[index].tolist(), 3).permute(2, 0, 1), int(self.labels[index])
+
+
+def cached(
+    datasets: dict[str, Images], where: Where, shorter_side: int | None, device: torch.device, processes: int = 1
+) -> dict[str, Images]:
+    """`datasets` in memory: `ram`, this process's; `device`, where it trains; `none`, as they are.
+
+    `processes` of this machine do the same. Raises Refused, before anything is decoded, where they will not fit.
+    """
+    if where == "none":
+        return datasets
+    device = device if where == "device" else torch.device("cpu")
+    needed = sum(estimated_bytes(dataset, shorter_side) for dataset in datasets.values())
+    copies = processes if device.type == "cpu" else 1  # a GPU is one process's own
+    images, free = sum(map(len, datasets.values())), free_memory(device)
+    log.info("decoding %s images into memory, about %s", f"{images:,}", _shown(needed))
+    if copies * needed > free:
+        side = "as they are" if shorter_side is None else f"with a shorter side of {shorter_side} pixels"
+        raise Refused(
+            f"dataset.cache={where}: {images:,} images {side} take about {_shown(needed)}"
+            f"{f' in each of {copies} processes' if copies > 1 else ''}, and {_shown(free)} are free; "
+            "lower dataset.cache_side, or use dataset.cache=none."
+        )
+    return {split: Cached(dataset, shorter_side, device) for split, dataset in datasets.items()}
+
+
+def estimated_bytes(dataset: Images, shorter_side: int | None) -> int:
+    """What Cached will take, by the images at SEEN places spread over the whole."""
+    sizes = [3 * height * width for height, width in _sizes(dataset, shorter_side)]
+    return round(len(dataset) * sum(sizes) / max(1, len(sizes)))
+
+
+def _sizes(dataset: Images, shorter_side: int | None) -> Iterator[tuple[int, int]]:
+    for index in np.unique(np.linspace(0, len(dataset) - 1, SEEN).astype(int)).tolist():
+        try:
+            height, width = get_size(dataset[index][0])
+        except BrokenImage:
+            continue
+        scale = 1.0 if shorter_side is None else min(1.0, shorter_side / min(height, width))
+        yield round(height * scale), round(width * scale)
+
+
+def _bounded(image: Image.Image | Tensor, shorter_side: int | None) -> UInt8[Tensor, "3 height width"]:
+    if shorter_side is not None and min(get_size(image)) > shorter_side:
+        image = resize(image, [shorter_side], antialias=True)
+    return image if isinstance(image, Tensor) else pil_to_tensor(image)
+
+
+def _shown(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,70 +1,84 @@
 """Image files on disk with a label each: what every data set that reads folders comes down to."""
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+from jaxtyping import Int
+from numpy import ndarray
 
+from dino.dataset.encoded import BrokenImage, EncodedImages
+from dino.dataset.index import Files
 
-def is_image(name: str) -> bool:
-    # "._x.jpg" and the like are an operating system's notes, not images.
-    return not name.startswith(".") and has_file_allowed_extension(name, IMG_EXTENSIONS)
+log = logging.getLogger(__name__)
 
 
 def subfolders(*folders: Path) -> list[str]:
     """Names of the folders in `folders`, each once, sorted, without the hidden ones (.ipynb_checkpoints, ...). A folder
     that does not exist has none."""
-    inside = (path for folder in folders if folder.is_dir() for path in folder.iterdir())
-    return sorted({path.name for path in inside if not path.name.startswith(".") and path.is_dir()})
+    entries = [entry for folder in folders if folder.is_dir() for entry in os.scandir(folder)]
+    return sorted({entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()})
 
 
-def images_under(folder: Path) -> list[str]:
-    """Every image file below `folder` at any depth, sorted by path; links are followed, hidden folders are not."""
-    found: list[str] = []
-    for parent, inside, names in os.walk(folder, followlinks=True):
-        inside[:] = [name for name in inside if not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in names if is_image(name)]  # noqa: PTH118 - a million Paths take seconds
-    return sorted(found)
+def images_by_class(files: Files) -> dict[str, int]:
+    """How many images each class folder has, classes sorted; "" stands for those that lie in none. A class may be
+    spread over several of the folders searched."""
+    images: dict[str, int] = {}
+    for name, count in zip(files.heads(), files.counts.tolist(), strict=True):
+        images[name] = images.get(name, 0) + count
+    return dict(sorted(images.items()))
 
 
-def images_by_class(*folders: Path) -> dict[str, list[str]]:
-    """Images of each class folder that has some, classes sorted; a class may be spread over several of `folders`."""
-    images = {
-        name: [path for folder in folders for path in images_under(folder / name)] for name in subfolders(*folders)
-    }
-    return {name: paths for name, paths in images.items() if paths}
+def labelled(files: Files, classes: Sequence[str]) -> tuple[Int[ndarray, " images"], Int[ndarray, " images"]]:
+    """Which of the files are of `classes`, sorted by class, and the label of each, the place of its class in `classes`.
 
-
-def labelled(images: Mapping[str, Sequence[str]], classes: Sequence[str]) -> list[tuple[str, int]]:
-    """(path, label) of each image, a label being the place of its class in `classes`."""
+    Class folders without images, as an unfinished copy leaves them, are warned of.
+    """
+    if empty := [name for name, count in images_by_class(files).items() if name and not count]:
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        where = " and ".join(str(files.root / top) for top in dict.fromkeys(top for top, _ in files.folders))
+        log.warning(
+            f"Class folders without images in {where}: {', '.join(empty[:3])}{more}. Copy them again or remove them."
+        )
     label = {name: i for i, name in enumerate(classes)}
-    return [(path, label[name]) for name, paths in images.items() for path in paths]
+    labels = np.repeat(np.array([label.get(name, -1) for name in files.heads()], np.int64), files.counts)
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    return order, labels[order]
 
 
-class ImageFiles(Dataset[tuple[Image.Image, int]]):
-    """Decodes to PIL RGB on demand. Raises ValueError, naming the file, where one cannot be decoded."""
+class ImageFiles(EncodedImages):
+    """Those of `files` that `chosen` counts, in its order."""
 
-    def __init__(self, samples: Sequence[tuple[str, int]], classes: list[str] | None) -> None:
-        self.classes = classes
-        # Arrays, not lists: reading a list's items counts references, which makes each worker process copy its pages.
-        self.paths = np.array([os.fsencode(path) for path, _ in samples])
-        self.labels = np.array([label for _, label in samples])
+    def __init__(
+        self,
+        files: Files,
+        chosen: Int[ndarray, " images"],
+        labels: Int[ndarray, " images"],
+        classes: list[str] | None,
+    ) -> None:
+        self.files, self.chosen, self.labels, self.classes = files, chosen, labels, classes
+        self.starts = np.cumsum(files.counts) - files.counts  # of each folder, in the order of the files
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    def name(self, index: int) -> str:
+        place = int(self.chosen[index])
+        top, path = self.files.folders[np.searchsorted(self.starts, place, "right") - 1]
+        return os.path.join(self.files.root, top, path, self.files.names[place])  # noqa: PTH118 - once an image
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path = os.fsdecode(self.paths[index])
+    def encoded(self, index: int) -> bytes:
+        path = self.name(index)
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB"), int(self.labels[index])
-        except FileNotFoundError:
-            raise
-        except (OSError, SyntaxError) as error:  # SyntaxError is PIL's word for a broken PNG
-            raise ValueError(
-                f"{path}: expected an image, PIL cannot decode it ({error}). Repair or remove it."
-            ) from error
+            return Path(path).read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            message = f"{path} is gone, though it was there when the images were listed. Restore it, or start again."
+            raise BrokenImage(message, path) from error
+
+    def listed(self) -> Iterator[bytes | memoryview]:
+        some = self.files.counts > 0
+        folders = [f"{top}/{path}" for (top, path), images in zip(self.files.folders, some, strict=True) if images]
+        yield os.fsencode("\0".join(folders))
+        yield np.ascontiguousarray(self.files.counts[some]).tobytes()
+        yield self.files.names.text.tobytes()
+        yield np.ascontiguousarray(self.chosen, np.int64).tobytes()

@@ -2,17 +2,23 @@
 
 from pathlib import Path
 
-from dino.dataset import check_split
-from dino.dataset.files import ImageFiles, images_by_class, images_under, is_image, labelled
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray
+
+from dino.dataset import check_split, part_of
+from dino.dataset.encoded import EXTENSIONS
+from dino.dataset.files import ImageFiles, images_by_class, labelled
+from dino.dataset.index import Files, find_images
+
+Chosen = tuple[Int[ndarray, " images"], Int[ndarray, " images"], list[str] | None]  # which files, labels, classes
 
 
-def classes_in(folder: Path) -> dict[str, list[str]]:
-    """Images by class, or {} where the folder is not sorted into classes: images lie beside the sub-folders, or all
-    lie in one sub-folder, which tells nothing apart."""
-    if any(is_image(path.name) for path in folder.iterdir()):
-        return {}
-    images = images_by_class(folder)
-    return images if len(images) > 1 else {}
+def classes_in(files: Files) -> list[str]:
+    """The class folders with images, or none where the files are not sorted into classes: images lie beside the
+    sub-folders, or all lie in one sub-folder, which tells nothing apart."""
+    classes = [name for name, count in images_by_class(files).items() if count]
+    return classes if len(classes) > 1 and "" not in classes else []
 
 
 class Folder(ImageFiles):
@@ -34,32 +40,30 @@ class Folder(ImageFiles):
         root = Path(root).expanduser()
         if not root.is_dir():
             raise FileNotFoundError(f"Folder: dataset.root={root} is not a folder. Set it to one that holds images.")
-        train, val = root / "train", root / "val"
-        if train.is_dir() and val.is_dir():
-            samples, classes = self._split(train, val, split)
-        else:
-            samples, classes = self._whole(train if train.is_dir() else root, split)
-        if not samples:
+        whole = [top for top in ("train", "val") if (root / top).is_dir()] != ["train", "val"]
+        files = find_images(root, ("train" if (root / "train").is_dir() else "") if whole else split)
+        chosen, labels, classes = self._whole(files, split) if whole else self._split(root, files, split)
+        if not len(chosen):
             raise FileNotFoundError(
-                f"Folder: found no images for {split} in dataset.root={root}. Expected image files (.jpg, .png, "
-                ".webp, ...), at best 10 or more, in class folders or not; set dataset.root to a folder that has them."
+                f"Folder: found no images for {split} in dataset.root={root}. Expected image files "
+                f"({', '.join(EXTENSIONS)}), at best 10 or more, in class folders or not; set dataset.root to a folder "
+                "that has them."
             )
-        super().__init__(samples, classes)
+        super().__init__(files, chosen, labels, classes)
 
     @staticmethod
-    def _split(train: Path, val: Path, split: str) -> tuple[list[tuple[str, int]], list[str] | None]:
-        by_class = {"train": classes_in(train), "val": classes_in(val)}
-        if by_class["train"] and by_class["val"]:
-            classes = sorted(by_class["train"].keys() | by_class["val"].keys())
-            return labelled(by_class[split], classes), classes
-        return [(path, -1) for path in images_under(train if split == "train" else val)], None
+    def _split(root: Path, files: Files, split: str) -> Chosen:
+        both = classes_in(files), classes_in(find_images(root, "val" if split == "train" else "train"))
+        if not all(both):
+            return np.arange(len(files.names)), np.full(len(files.names), -1), None
+        classes = sorted({*both[0], *both[1]})
+        return *labelled(files, classes), classes
 
     @staticmethod
-    def _whole(folder: Path, split: str) -> tuple[list[tuple[str, int]], list[str] | None]:
-        if by_class := classes_in(folder):
-            classes = list(by_class)
-            samples = labelled(by_class, classes)
-            held_out = range(min(9, len(samples) - 1), len(samples), 10)
-            return [sample for i, sample in enumerate(samples) if (i in held_out) == (split == "val")], classes
-        images = [(path, -1) for path in images_under(folder)]
-        return images if split == "train" else images[::10], None
+    def _whole(files: Files, split: str) -> Chosen:
+        if classes := classes_in(files):
+            chosen, labels = labelled(files, classes)
+            part = part_of(len(chosen), split, labelled=True)
+            return chosen[part], labels[part], classes
+        part = part_of(len(files.names), split, labelled=False)
+        return part, np.full(len(part), -1), None

@@ -3,23 +3,25 @@
 from pathlib import Path
 
 from dino.dataset import check_split
-from dino.dataset.files import ImageFiles, images_by_class, labelled, subfolders
+from dino.dataset.files import ImageFiles, labelled, subfolders
+from dino.dataset.index import find_images
 
 
 class ImageNet(ImageFiles):
     """`root/train/<wnid>/*.JPEG` and `root/val/<wnid>/*.JPEG`; labels count the sorted wnids of both splits.
 
-    Any other set in this layout is read as well.
+    Any other set in this layout is read as well. A class folder without images is a class all the same, and warned of.
     """
 
     def __init__(self, root: str | Path, split: str) -> None:
         check_split(split)
         root = Path(root).expanduser()
-        images = images_by_class(root / split)
-        if not images:
+        wnids = subfolders(root / "train", root / "val")
+        files = find_images(root, split)
+        chosen, labels = labelled(files, wnids)
+        if not len(chosen):
             raise FileNotFoundError(
                 f"ImageNet: expected class folders with images, {root}/{split}/<wnid>/*.JPEG, found none. Set "
                 "dataset.root to the folder that holds train and val, each sorted into one folder per class."
             )
-        wnids = subfolders(root / "train", root / "val")
-        super().__init__(labelled(images, wnids), wnids)
+        super().__init__(files, chosen, labels, wnids)

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from dino.dataset import check_split
-from dino.dataset.files import ImageFiles, images_by_class, labelled, subfolders
+from dino.dataset.files import ImageFiles, labelled, subfolders
+from dino.dataset.index import find_images
 
 
 class ImageNet100(ImageFiles):
@@ -16,13 +17,14 @@ class ImageNet100(ImageFiles):
     def __init__(self, root: str | Path, split: str) -> None:
         check_split(split)
         root = Path(root).expanduser()
-        images = images_by_class(*sorted(root.glob(f"{split}.X*")))
-        if not images:
+        wnids = subfolders(*root.glob("train.X*"), *root.glob("val.X*"))
+        files = find_images(root, *sorted(path.name for path in root.glob(f"{split}.X*")))
+        chosen, labels = labelled(files, wnids)
+        if not len(chosen):
             raise FileNotFoundError(
                 f"ImageNet100: expected class folders with images, {root}/{split}.X*/<wnid>/*.JPEG, found none. "
                 "Set dataset.root to the folder that holds train.X1 ... train.X4 and val.X."
             )
-        wnids = subfolders(*root.glob("train.X*"), *root.glob("val.X*"))
-        labels = root / "Labels.json"
-        names = json.loads(labels.read_text()) if labels.is_file() else {}
-        super().__init__(labelled(images, wnids), [names.get(wnid, wnid) for wnid in wnids])
+        path = root / "Labels.json"
+        names = json.loads(path.read_text()) if path.is_file() else {}
+        super().__init__(files, chosen, labels, [names.get(wnid, wnid) for wnid in wnids])

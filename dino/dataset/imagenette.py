@@ -3,14 +3,11 @@
 from pathlib import Path
 
 import torchvision
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from dino.dataset import check_split
-from dino.dataset.cache import Cached, Images
 from dino.dataset.download import download as download_whole
-from dino.dataset.files import ImageFiles, images_by_class, labelled, subfolders
+from dino.dataset.files import ImageFiles, labelled, subfolders
+from dino.dataset.index import find_images
 
 FOLDERS = {"160px": "imagenette2-160", "320px": "imagenette2-320", "full": "imagenette2"}
 NAMES = {
@@ -27,16 +24,13 @@ NAMES = {
 }
 
 
-class Imagenette(Dataset[tuple[Image.Image | Tensor, int]]):
+class Imagenette(ImageFiles):
     """`root/imagenette2-160` (or -320, or imagenette2 for the full size), downloaded by torchvision if missing.
 
-    `size` names the shorter side of the files. A folder that is there is read as it is: no checksum, no network. With
-    `cache_size` all images are decoded once, their shorter side reduced to that many pixels, and kept in memory.
+    `size` names the shorter side of the files. A folder that is there is read as it is: no checksum, no network.
     """
 
-    def __init__(
-        self, root: str | Path, split: str, size: str = "160px", download: bool = True, cache_size: int | None = None
-    ) -> None:
+    def __init__(self, root: str | Path, split: str, size: str = "160px", download: bool = True) -> None:
         check_split(split)
         if size not in FOLDERS:
             raise ValueError(f"Imagenette: size must be one of {', '.join(FOLDERS)}, got {size!r}.")
@@ -51,19 +45,12 @@ class Imagenette(Dataset[tuple[Image.Image | Tensor, int]]):
                 "Imagenette", root, folder, lambda to: torchvision.datasets.Imagenette(to, size=size, download=True)
             )
 
-        images = images_by_class(root / folder / split)
-        if not images:
+        wnids = subfolders(root / folder / "train", root / folder / "val")  # of both, so that their labels agree
+        files = find_images(root / folder, split)
+        chosen, labels = labelled(files, wnids)
+        if not len(chosen):
             raise FileNotFoundError(
                 f"Imagenette: {root / folder / split} has no class folders with images. "
                 f"Remove {root / folder} to have it downloaded again, or set dataset.root to a whole copy."
             )
-        wnids = subfolders(root / folder / "train", root / folder / "val")  # of both, so that their labels agree
-        self.classes = [NAMES.get(wnid, wnid) for wnid in wnids]
-        files = ImageFiles(labelled(images, wnids), self.classes)
-        self.images: Images = files if cache_size is None else Cached(files, cache_size)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
-        return self.images[index]
+        super().__init__(files, chosen, labels, [NAMES.get(wnid, wnid) for wnid in wnids])

@@ -1,0 +1,172 @@
+"""From the samples of a dataset to uint8 views on the device that trains: which half of it a data worker does.
+
+Three ways, of the same three methods: `load` and `collate` run in a worker, `views` where the model trains.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, Shaped
+from numpy import ndarray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dino.augmentation import DINOTransform, collate_multi_crop, image_tensor
+from dino.broken import first_readable, note
+from dino.crops import cut_together
+from dino.dataset.cache import Cached
+from dino.dataset.encoded import EncodedImages, plain_jpeg, quiet
+
+GEOMETRY = 2  # its stream of random numbers: see dino/batches.py
+Views = list[Shaped[Tensor, "batch 3 _ _"]]  # uint8, but for a transform of one's own
+Boxes = Int[ndarray, "batch views 5"]
+Handed = tuple[tuple[int, ...], Tensor, list[tuple[int, ...]], Boxes]  # indices, all that is stored, its shapes, boxes
+
+
+class WorkerCrops:
+    """Workers decode and crop. The least to hand over where images are large, and the quickest on a CPU."""
+
+    def __init__(self, dataset: Any, transform: DINOTransform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def load(self, index: int, rng: np.random.Generator) -> tuple[list[Tensor], int]:
+        image, label = self.dataset[index]
+        return self.transform.crop(image, rng), label
+
+    def collate(self, loaded: Sequence[tuple[list[Tensor], int]]) -> Views:
+        return collate_multi_crop(loaded)[0]
+
+    def views(self, batch: Views, device: torch.device) -> Views:
+        return [view.to(device, non_blocking=True) for view in batch]
+
+
+class DeviceCrops:
+    """Workers decode and draw the boxes; the device crops. They hand over whole images, as they are."""
+
+    def __init__(self, dataset: Any, transform: DINOTransform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def load(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor, ndarray]:
+        image = image_tensor(self.dataset[index][0])
+        return index, image.permute(1, 2, 0), self.transform.boxes(image.shape[1], image.shape[2], rng)
+
+    def collate(self, loaded: Sequence[tuple[int, Tensor, ndarray]]) -> Handed:
+        indices, stored, boxes = zip(*loaded, strict=True)
+        # One tensor for all: each tensor that a worker hands over costs a file descriptor, and each copy a launch.
+        whole = torch.cat([one.flatten() for one in stored])
+        return indices, whole, [tuple(one.shape) for one in stored], np.stack(boxes)
+
+    def views(self, batch: Handed, device: torch.device) -> Views:
+        _, whole, shapes, boxes = batch
+        pieces = split(whole.to(device, non_blocking=True), shapes)
+        return cut_together([piece.permute(2, 0, 1) for piece in pieces], boxes, self.transform.sizes)
+
+
+class DeviceDecodes(DeviceCrops):
+    """Workers read and draw the boxes; the device decodes (by nvJPEG, where it is CUDA) and crops.
+
+    What is no JPEG, or one to be turned, a worker decodes. A JPEG that turns out to be broken on the device gives its
+    place to the next image, with a sentence in `broken`.
+    """
+
+    def __init__(self, dataset: EncodedImages, transform: DINOTransform, broken: set[str]) -> None:
+        super().__init__(dataset, transform)
+        self.broken = broken
+
+    def load(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor, ndarray]:
+        data = self.dataset.encoded(index)
+        if (shape := plain_jpeg(data)) is None:
+            return super().load(index, rng)
+        return index, torch.frombuffer(bytearray(data), dtype=torch.uint8), self.transform.boxes(*shape, rng)
+
+    def views(self, batch: Handed, device: torch.device) -> Views:
+        indices, whole, shapes, boxes = batch
+        stored = split(whole, shapes)  # on the CPU: from there nvJPEG reads
+        jpegs = [i for i, shape in enumerate(shapes) if len(shape) == 1]
+        images = [one if one.ndim == 1 else one.permute(2, 0, 1).to(device, non_blocking=True) for one in stored]
+        try:
+            from torchvision.io import ImageReadMode, decode_jpeg
+
+            with quiet():
+                decoded = decode_jpeg([stored[i] for i in jpegs], ImageReadMode.RGB, device=device) if jpegs else []
+        except RuntimeError:  # of one of them, and it does not say which
+            decoded = [self._one(indices[i], boxes[i]).to(device) for i in jpegs]
+        for i, image in zip(jpegs, decoded, strict=True):
+            images[i] = image
+        return cut_together(images, boxes, self.transform.sizes)
+
+    def _one(self, index: int, boxes: ndarray) -> Tensor:
+        """Decoded as a worker does it; `boxes` change where it is another image's place that is taken."""
+        image: Tensor
+        (image, _), broken = first_readable(self.dataset.__getitem__, index, len(self.dataset))
+        if broken:
+            boxes[:] = self.transform.boxes(image.shape[1], image.shape[2], np.random.default_rng(index))
+            note(broken, self.broken)
+        return image
+
+
+class CachedCrops:
+    """The device holds the images and crops them; workers draw the boxes."""
+
+    def __init__(self, dataset: Cached, transform: DINOTransform) -> None:
+        self.shapes, self.broken, self.image = dataset.shapes, dataset.broken, dataset.__getitem__
+        self.transform = transform
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"image": None}  # workers need no way to the device
+
+    def load(self, index: int, rng: np.random.Generator) -> tuple[int, ndarray]:
+        if index in self.broken:
+            raise self.broken[index]
+        height, width = self.shapes[index].tolist()
+        return index, self.transform.boxes(height, width, rng)
+
+    def collate(self, loaded: Sequence[tuple[int, ndarray]]) -> tuple[tuple[int, ...], Boxes]:
+        indices, boxes = zip(*loaded, strict=True)
+        return indices, np.stack(boxes)
+
+    def views(self, batch: tuple[tuple[int, ...], Boxes], device: torch.device) -> Views:
+        return cut_together([self.image(index)[0] for index in batch[0]], batch[1], self.transform.sizes)
+
+
+Crops = WorkerCrops | DeviceCrops | DeviceDecodes | CachedCrops
+
+
+def crops_of(dataset: Any, transform: DINOTransform, device_does: str, broken: set[str]) -> Crops:
+    """`device_does`: "photometry", "crops" too, or "decode" as well, as far as `dataset` lets it: what is on a GPU
+    already is cropped there, and what is decoded already is not decoded again."""
+    if isinstance(dataset, Cached) and dataset.device.type != "cpu":
+        return CachedCrops(dataset, transform)
+    if device_does == "photometry":
+        return WorkerCrops(dataset, transform)
+    if device_does == "decode" and isinstance(dataset, EncodedImages):
+        return DeviceDecodes(dataset, transform, broken)
+    return DeviceCrops(dataset, transform)
+
+
+def split(whole: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    pieces = torch.split(whole, [math.prod(shape) for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+class Samples(Dataset[Any]):
+    """`samples[(epoch, index)] -> (what `crops` loaded, a sentence of each image passed over as broken)`.
+
+    What is drawn depends on (seed, epoch, index) alone: the same for any number of workers, and on resume.
+    """
+
+    def __init__(self, crops: Crops, seed: int, images: int) -> None:
+        self.crops, self.seed, self.images = crops, seed, images
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, list[str]]:
+        def load(index: int) -> Any:
+            return self.crops.load(index, np.random.default_rng([self.seed, GEOMETRY, *key]))
+
+        return first_readable(load, key[1], self.images)
+
+    def collate(self, samples: Sequence[tuple[Any, list[str]]]) -> tuple[Any, list[str]]:
+        loaded, broken = zip(*samples, strict=True)
+        return self.crops.collate(loaded), [sentence for sentences in broken for sentence in sentences]
