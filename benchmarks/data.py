@@ -162,11 +162,11 @@ def print_race(taken: dict[str, list[float]]) -> None:
 STAGES: dict[str, tuple[Any, str]] = {  # what a worker calls, and where it looks that up
     "read the file": (ImageFiles, "encoded"),
     "read the header": (Image, "open"),
-    "decode the JPEG": (encoded, "decode_jpeg"),
+    "decode the JPEG": (torchvision.io, "decode_jpeg"),
     "channels last": (encoded, "pixels_of"),
     "what else an image is checked for": (encoded, "decode"),
     "draw the boxes": (DINOTransform, "boxes"),
-    "resize to the {} px views": (crops, "resize"),
+    "resize to the {} px views": (crops, "interpolate"),
     "flip and copy": (augmentation, "cut"),
     "random generators, look-ups": (views.Samples, "__getitem__"),
     "stack the batch": (views.Samples, "collate"),
