@@ -61,8 +61,7 @@ class Steps:
     """`for step, parts in Steps(...)`: one optimizer update each, in `accumulation` parts, each a list of ready views.
 
     A part becomes views on the device, and photometry is done there in one batch, when the loop asks for it. One loader
-    serves all epochs: no worker starts anew between two, and the first batch of an epoch is there when the last one is
-    done.
+    serves all epochs: no worker starts anew between two, and the first batch of an epoch is there when the last ends.
     `broken` fills with a sentence for each image that could not be read and was passed over.
     """
 

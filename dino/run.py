@@ -62,17 +62,13 @@ class Run:
     evaluator: Any
     seed: int
     topology: str
+    images: dict[str, Any]  # which images there are, in their order: a run can go on with the same alone
     broken: set[str] = field(default_factory=set)  # a sentence for each image that could not be read so far
 
     @property
     def effective_batch(self) -> int:
         """Images to one update, of all processes."""
         return self.batch_size * self.accumulation * self.world_size
-
-    @property
-    def images(self) -> dict[str, Any]:
-        """What the order of images goes by: a run can go on with the same alone."""
-        return {"number": len(self.train_set), "fingerprint": getattr(self.train_set, "fingerprint", None)}
 
     def steps(self, start: int) -> Steps:
         """The rest of the run from step `start` on."""
@@ -222,6 +218,7 @@ def assemble(config: dict[str, Any]) -> Run:
         evaluator=build(config["evaluator"]),
         seed=config["seed"],
         topology=processes,
+        images={"number": images, "fingerprint": getattr(datasets["train"], "fingerprint", None)},
     )
 
 

@@ -1,6 +1,6 @@
 """From the samples of a dataset to uint8 views on the device that trains: which half of it a data worker does.
 
-Three ways, of the same three methods: `load` and `collate` run in a worker, `views` where the model trains.
+Four ways, of the same three methods: `load` and `collate` run in a worker, `views` where the model trains.
 """
 
 import math
