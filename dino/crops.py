@@ -81,12 +81,14 @@ def cut_together(
 def _of_similar_size(images: Sequence[Tensor]) -> Iterator[list[int]]:
     """Their indices in chunks that are padded to one size within CHUNK pixels; a larger image is a chunk of its own."""
     chunk: list[int] = []
+    widest = 0
     for i in sorted(range(len(images)), key=lambda i: tuple(images[i].shape[1:])):
-        together = [images[j].shape for j in [*chunk, i]]
-        if chunk and len(together) * max(s[1] for s in together) * max(s[2] for s in together) > CHUNK:
+        height, width = images[i].shape[1:]  # the highest so far, as they are sorted
+        if chunk and (len(chunk) + 1) * height * max(widest, width) > CHUNK:
             yield chunk
-            chunk = []
+            chunk, widest = [], 0
         chunk.append(i)
+        widest = max(widest, width)
     yield chunk
 
 

@@ -94,7 +94,6 @@ def cached(
     needed = sum(estimated_bytes(dataset, shorter_side) for dataset in datasets.values())
     copies = processes if device.type == "cpu" else 1  # a GPU is one process's own
     images, free = sum(map(len, datasets.values())), free_memory(device)
-    log.info("decoding %s images into memory, about %s", f"{images:,}", _shown(needed))
     if copies * needed > free:
         side = "as they are" if shorter_side is None else f"with a shorter side of {shorter_side} pixels"
         raise Refused(
@@ -102,6 +101,7 @@ def cached(
             f"{f' in each of {copies} processes' if copies > 1 else ''}, and {_shown(free)} are free; "
             "lower dataset.cache_side, or use dataset.cache=none."
         )
+    log.info("decoding %s images into memory, about %s", f"{images:,}", _shown(needed))
     return {split: Cached(dataset, shorter_side, device) for split, dataset in datasets.items()}
 
 
