@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms.v2 import functional as F
 
 from dino.crops import crop_box, cut, resize
-from dino.photometry import ORDERS, Draws, augment_
+from dino.photometry import ORDERS, Draws, augment
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -106,6 +106,11 @@ class DINOTransform:
         self._solarize_probability = np.array([[0], [solarize_probability]] + [[0]] * num_local_views)
         self.blur_sigma, self.blur_full_size = blur_sigma, blur_full_size
         self.mean, self.std = mean, std
+        self.compiled = False
+
+    def compile(self) -> None:
+        """Has `augment` compiled, once for each size of views, when it is next called."""
+        self.compiled = True  # and not the compiled function, which does not pickle for the data workers
 
     def __call__(self, image: Image.Image | Tensor) -> list[Float[Tensor, "3 _ _"]]:
         """PIL image or uint8 [3, H, W] in, 2 + num_local_views normalised views out."""
@@ -146,9 +151,9 @@ class DINOTransform:
             (views[: self.n_global_crops], views[self.n_global_crops :]), self.draw(batch, seed, start), strict=True
         ):
             if same_size:
-                images = torch.cat(list(same_size)).float().div_(255)
-                augment_(images, draws, max_sigma=self.blur_sigma[1] * self._blur_scale(images.shape[-1]))
-                augmented += torch.split(standardise_(images, self.mean, self.std), batch)
+                max_sigma = self.blur_sigma[1] * self._blur_scale(same_size[0].shape[-1])
+                images = augment(torch.cat(list(same_size)), draws, max_sigma, self.mean, self.std, self.compiled)
+                augmented += torch.split(images, batch)
         return augmented
 
     def draw(self, batch: int, seed: Sequence[int] | None = None, start: int = 0) -> tuple[Draws, Draws]:

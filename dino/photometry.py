@@ -1,24 +1,38 @@
-"""The photometric half of the augmentation: whole batches on their own device, every sample with its own parameters.
+"""The photometric half of the augmentation: uint8 views in, normalised float32 views out, on the device they are on.
 
-Images are float32 in [0, 1]. Each operation equals torchvision's function of the same meaning on float images, one
-sample at a time; the order (jitter, gray, blur, solarize) is the authors'. Names ending in `_` write in place.
+Each operation equals torchvision's function of the same meaning on float images, one sample at a time; the order
+(jitter, gray, blur, solarize, normalise) is the authors'. Names ending in `_` write in place.
+
+ColorJitter takes its operations in an order of each sample's own. Here all samples go through one PROGRAM that contains
+every order; a step that a sample does not take has for it the factor that changes nothing, to the bit. So torch.compile
+meets one shape whatever is drawn, and a GPU few kernels. Eagerly on a CPU, where every step costs, samples of like
+steps go together, and the steps that none of them takes are left out.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cache
 from itertools import permutations
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from numpy import ndarray
 from torch import Tensor
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = np.array(list(permutations(range(4))))  # the 24 orders in which ColorJitter may take its four operations
+PROGRAM = ["BCSH".index(step) for step in "BSBCBSBHBSBCBSBS"]  # the last is gray: a saturation of 0
+STEPS = len(PROGRAM)
+UNCHANGED = [0.0 if operation == HUE else 1.0 for operation in PROGRAM]  # the factors of a sample left as it is
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights (ITU-R 601, which sum to .9999 here as there)
 SOLARIZE_THRESHOLD = 128 / 255  # PIL.ImageOps.solarize's default, on its scale of 0..255
+BLOCK = 2**16  # pixels that a CPU core takes through the program at a time: so few that its cache keeps them
+NEGLIGIBLE = 1e-8  # the weight of a pixel, at most 1, that a sum in float32 does not feel
+
+Channel = Float[Tensor, "samples height width"]
+PerSample = Float[Tensor, "samples 1 1"]
 
 
 @dataclass(frozen=True)
@@ -38,134 +52,156 @@ class Draws:
 
 
 @torch.no_grad()
-def augment_(
-    images: Float[Tensor, "samples 3 size size"], draws: Draws, max_sigma: float
+def augment(
+    images: UInt8[Tensor, "samples 3 size size"],
+    draws: Draws,
+    max_sigma: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    compiled: bool = False,
 ) -> Float[Tensor, "samples 3 size size"]:
-    """Does what `draws` says to the views of one size, [views · batch, ...] view after view. `max_sigma` (pixels)
-    is the bound of `draws.sigma`: it sets the blur's reach, 3 sigma."""
-    # Grouped by the place of hue among the four operations: a group is three blends and one hue shift for all of it.
-    place = (draws.order == HUE).argmax(2)
-    groups = [np.flatnonzero(draws.jitter & (place == step)) for step in range(4)]
-    rows = [*groups, *(np.flatnonzero(which) for which in (draws.gray, draws.blur, draws.solarize))]
-    indices = torch.from_numpy(np.concatenate(rows)).to(images.device, non_blocking=True)
-    *grouped, grayed, blurred, solarized = torch.split(indices, [len(r) for r in rows])
+    """Does what `draws` says to the views of one size, [views · batch, ...] view after view, and normalises them.
+    `max_sigma` (pixels) is the bound of `draws.sigma`: it sets the blur's reach, 3 sigma."""
+    samples, size = len(images), images.shape[-1]
+    radius = min(math.ceil(3 * max_sigma), size - 1)  # there is nothing to reflect beyond
+    factors, weights, solarized = program_factors(draws), blur_weights(draws, radius), draws.solarize.ravel()
+    host = torch.from_numpy(np.c_[factors, weights, solarized].astype(np.float32))
+    values = host.to(images.device, non_blocking=True)
+    run, every = (_compiled() if compiled else run_program), range(STEPS)
+    if images.device.type != "cpu":
+        return run(images, values, every, radius, True, mean, std)
 
-    jittered = np.concatenate(groups)
-    coefficients = _device_floats(
-        _blend_coefficients(draws.order.reshape(-1, 4)[jittered], draws.factors.reshape(-1, 4)[jittered]), images.device
-    )
-    start = 0
-    for step, index in enumerate(grouped):
-        if count := len(index):
-            part = images.index_select(0, index)
-            jitter_(part, coefficients[start : start + count], hue_step=step)
-            images.index_copy_(0, index, part)
-            start += count
-    if len(grayed):
-        images.index_copy_(0, grayed, gray_(images.index_select(0, grayed)))
-    if len(blurred):
-        sigma = _device_floats(draws.sigma[draws.blur], images.device)
-        images.index_copy_(0, blurred, blur(images.index_select(0, blurred), sigma, radius=math.ceil(3 * max_sigma)))
-    if len(solarized):
-        images.index_copy_(0, solarized, solarize_(images.index_select(0, solarized)))
-    return images
+    out = torch.empty(images.shape)
+    block = min(samples, max(1, BLOCK * torch.get_num_threads() // size**2))
+    starts = [*range(0, samples - block, block), samples - block]  # all of one shape: the last two may share samples
+    parts = [slice(start, start + block) for start in starts]
+    if compiled:
+        for part in parts:  # converted here, as inductor's conversion takes four times as long
+            out[part] = run(images[part].float(), values[part], every, radius, True, mean, std)
+        return out
+    taken, reach = factors != UNCHANGED, (weights > NEGLIGIBLE).sum(1) // 2
+    order = np.lexsort([solarized, reach, *taken.T])
+    for some in (order[part] for part in parts):
+        rows, steps = torch.from_numpy(some), np.flatnonzero(taken[some].any(0)).tolist()
+        pixels, own = images.index_select(0, rows), values.index_select(0, rows)
+        out[rows] = run(pixels, own, steps, int(reach[some].max()), bool(solarized[some].any()), mean, std)
+    return out
 
 
-def _device_floats(values: Float[ndarray, "..."], device: torch.device) -> Float[Tensor, "..."]:
-    return torch.from_numpy(values.astype(np.float32)).to(device, non_blocking=True)
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(run_program, dynamic=False, fullgraph=True)
 
 
-def _blend_coefficients(
-    order: Int[ndarray, "samples 4"], factors: Float[ndarray, "samples 4"]
-) -> Float[ndarray, "samples 10"]:
-    """(keep, gray, mean) of the first, second and third blend of each sample, then its hue shift."""
-    blends = order[order != HUE].reshape(-1, 3)
-    keep = np.take_along_axis(factors, blends, axis=1)
-    steps = np.stack([keep, (1 - keep) * (blends == SATURATION), (1 - keep) * (blends == CONTRAST)], axis=2)
-    return np.concatenate([steps.reshape(-1, 9), factors[:, [HUE]]], axis=1)
+def program_factors(draws: Draws) -> Float[ndarray, "samples steps"]:
+    """Each sample's factor at each step of PROGRAM: an operation goes to the first step of its kind after the last."""
+    factors = np.tile(UNCHANGED, (draws.jitter.size, 1))
+    rows = np.flatnonzero(draws.jitter)
+    order, drawn = draws.order.reshape(-1, 4)[rows], draws.factors.reshape(-1, 4)[rows]
+    ahead = np.equal.outer(np.arange(4), PROGRAM)[order]  # [sample, operation, step]: where it may still go
+    for place, operation in enumerate(order.T):
+        step = ahead[:, place].argmax(1)
+        factors[rows, step] = drawn[np.arange(len(rows)), operation]
+        ahead &= np.arange(STEPS) > step[:, None, None]
+    factors[draws.gray.ravel(), -1] = 0
+    return factors
 
 
-def jitter_(
-    images: Float[Tensor, "samples 3 height width"], coefficients: Float[Tensor, "samples 10"], hue_step: int
-) -> Float[Tensor, "samples 3 height width"]:
-    """Three blends, with the hue shift before blend number `hue_step` (3: after all of them)."""
-    for step in range(4):
-        if step == hue_step:
-            shift_hue_(images, coefficients[:, 9])
-        if step < 3:
-            blend_(images, *coefficients[:, 3 * step : 3 * step + 3].unbind(1))
-    return images
+def blur_weights(draws: Draws, radius: int) -> Float[ndarray, "samples taps"]:
+    """Gaussian of 2 · radius + 1 taps as torchvision's; a single 1 in the middle where there is no blur. (PIL's
+    GaussianBlur, which the authors use, approximates this Gaussian by three box filters.)"""
+    offsets = np.arange(-radius, radius + 1)
+    sigma = np.where(draws.blur, draws.sigma, 1e-3).reshape(-1, 1)
+    weights: ndarray = np.exp(-0.5 * (offsets / sigma) ** 2)
+    weights /= weights.sum(1, keepdims=True)
+    return weights
 
 
-def luma(images: Float[Tensor, "samples 3 height width"]) -> Float[Tensor, "samples height width"]:
-    red, green, blue = images.unbind(1)
+def run_program(
+    images: Shaped[Tensor, "samples 3 size size"],
+    values: Float[Tensor, "samples values"],
+    steps: Sequence[int],
+    radius: int,
+    solarize: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Float[Tensor, "samples 3 size size"]:
+    """Images of 0..255. `values` has a column for each step of PROGRAM, each tap of the blur and solarization."""
+    rgb = [channel.float() / 255 for channel in images.unbind(1)]
+    for step in steps:
+        OPERATIONS[PROGRAM[step]](rgb, values[:, step, None, None])
+    middle = (values.shape[1] - 1 + STEPS) // 2
+    taps = values[:, middle - radius : middle + radius + 1, None, None].unbind(1)
+    rgb = [blur(channel, taps) for channel in rgb] if radius else rgb
+    for channel, m, s in zip(rgb, mean, std, strict=True):
+        if solarize:
+            solarize_(channel, values[:, -1, None, None])
+        channel.sub_(m).div_(s)
+    return torch.stack(rgb, dim=1)
+
+
+def luma(rgb: Sequence[Channel]) -> Channel:
+    red, green, blue = rgb
     return red.mul(LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
-def blend_(
-    images: Float[Tensor, "samples 3 height width"],
-    keep: Float[Tensor, " samples"],
-    gray: Float[Tensor, " samples"],
-    mean: Float[Tensor, " samples"],
-) -> Float[Tensor, "samples 3 height width"]:
-    """clamp(keep · image + gray · luma + mean · mean luma): with f the factor, brightness is (f, 0, 0), contrast
-    (f, 0, 1 - f) and saturation (f, 1 - f, 0), so that samples at different operations go through together."""
-    light = luma(images)
-    average = light.mean((1, 2), keepdim=True)
-    light.mul_(gray[:, None, None]).add_(average.mul_(mean[:, None, None]))
-    return images.mul_(keep[:, None, None, None]).add_(light[:, None]).clamp_(0, 1)
+def clamp_(channel: Channel) -> Channel:
+    return channel.relu_().clamp_(max=1)  # inductor makes twice the instructions of clamp_(0, 1)
 
 
-def shift_hue_(
-    images: Float[Tensor, "samples 3 height width"], shift: Float[Tensor, " samples"]
-) -> Float[Tensor, "samples 3 height width"]:
+def brighten_(rgb: Sequence[Channel], factor: PerSample) -> None:
+    for channel in rgb:
+        channel.mul_(factor).clamp_(max=1)
+
+
+def blend_(rgb: Sequence[Channel], factor: PerSample, gray: Float[Tensor, "samples _ _"]) -> None:
+    gray = gray * (1 - factor)
+    for channel in rgb:
+        clamp_(channel.mul_(factor).add_(gray))
+
+
+def contrast_(rgb: Sequence[Channel], factor: PerSample) -> None:
+    blend_(rgb, factor, luma(rgb).mean((1, 2), keepdim=True))
+
+
+def saturate_(rgb: Sequence[Channel], factor: PerSample) -> None:
+    blend_(rgb, factor, luma(rgb))
+
+
+def shift_hue_(rgb: Sequence[Channel], shift: PerSample) -> None:
     """Turns the hue by `shift` of the full circle. HSV keeps the largest and the smallest channel, so with H in [0, 6)
     the channels are read off three trapezoids of height `chroma`, without a table of sectors."""
-    red, green, blue = images.unbind(1)
+    red, green, blue = rgb
     top, bottom = red.maximum(green).maximum(blue), red.minimum(green).minimum(blue)
     chroma = top - bottom
-    # Sectors by lerp with a weight of exactly 0 or 1, the remainder by floor: on CPU that takes half the time of
-    # torch.where and torch.remainder.
-    from_green = torch.lerp(blue - red + 2 * chroma, red - green + 4 * chroma, (top - green).sign_())
-    hue = torch.lerp(green - blue, from_green, (top - red).sign_())
-    hue.div_(chroma.clamp(min=1e-12).mul_(6)).add_(shift[:, None, None])  # a gray pixel has no hue: 0 / 6e-12
+    # Sectors by lerp with a weight of exactly 0 or 1, the remainder by floor: eagerly on a CPU that takes a fraction of
+    # the time of torch.where and torch.remainder.
+    from_blue = (red - green).add_(chroma, alpha=4)
+    from_green = (blue - red).add_(chroma, alpha=2).lerp_(from_blue, (top - green).sign_())
+    hue = (green - blue).lerp_(from_green, (top - red).sign_())
+    hue.div_(chroma.clamp(min=1e-12).mul_(6)).add_(shift)  # a gray pixel has no hue: 0 / 6e-12
     hue.sub_(hue.floor()).mul_(6)
-    torch.addcmul(bottom, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=red)
-    torch.addcmul(top, chroma, (hue - 2).abs_().sub_(1).clamp_(0, 1), value=-1, out=green)
-    torch.addcmul(top, chroma, (hue - 4).abs_().sub_(1).clamp_(0, 1), value=-1, out=blue)
-    return images
+    shifted = shift.abs().sign()
+    for channel, start, sign, centre in zip(rgb, (bottom, top, top), (1, -1, -1), (3, 2, 4), strict=True):
+        height = clamp_((hue - centre).abs_().sub_(1))
+        channel.lerp_(torch.addcmul(start, chroma, height, value=sign), shifted)
 
 
-def gray_(images: Float[Tensor, "samples 3 height width"]) -> Float[Tensor, "samples 3 height width"]:
-    return images.copy_(luma(images)[:, None].expand_as(images))
+OPERATIONS: list[Callable[..., None]] = [brighten_, contrast_, saturate_, shift_hue_]
 
 
-def blur(
-    images: Float[Tensor, "samples 3 size size"], sigma: Float[Tensor, " samples"], radius: int
-) -> Float[Tensor, "samples 3 size size"]:
-    """Gaussian of 2 · radius + 1 taps with reflected borders, as torchvision's; PIL's GaussianBlur, which the authors
-    use, approximates this Gaussian by three box filters. Two products with one band matrix a sample, which holds the
-    reflection too: one batched call where a kernel a sample would need a grouped convolution."""
-    size = images.shape[-1]
-    radius = min(radius, size - 1)  # there is nothing to reflect beyond
-    offsets = torch.arange(-radius, radius + 1, device=images.device)
-    weights = torch.exp(-0.5 * (offsets / sigma[:, None]).square())
-    weights /= weights.sum(1, keepdim=True)
-    with torch.autocast(images.device.type, enabled=False):  # a product in bfloat16 would leave 8 bits of the image
-        band = (weights @ _reflected_taps(size, radius, images.device)).view(-1, size, size)
-        rows = (images.reshape(-1, 3 * size, size) @ band.mT).view_as(images)
-        return torch.stack([band @ channel for channel in rows.unbind(1)], dim=1)
+def blur(channel: Channel, taps: Sequence[PerSample]) -> Channel:
+    """Along the rows, then along the columns, with reflected borders."""
+    radius, size = len(taps) // 2, channel.shape[-1]
+    for axis in (2, 1):
+        before, after = channel.narrow(axis, 1, radius), channel.narrow(axis, size - 1 - radius, radius)
+        wide = torch.cat([before.flip(axis), channel, after.flip(axis)], axis)
+        channel = wide.narrow(axis, 0, size) * taps[0]
+        for offset in range(1, 2 * radius + 1):
+            channel.addcmul_(wide.narrow(axis, offset, size), taps[offset])
+    return channel
 
 
-@lru_cache(maxsize=16)
-def _reflected_taps(size: int, radius: int, device: torch.device) -> Float[Tensor, "taps size_by_size"]:
-    """[tap, to, from] flattened: 1 where the tap of pixel `to` reads pixel `from`."""
-    source = np.arange(size)[:, None] + np.arange(-radius, radius + 1)
-    source = np.abs(source)  # reflection about the first pixel's centre, then about the last one's
-    source = size - 1 - np.abs(size - 1 - source)
-    taps = source.T[:, :, None] == np.arange(size)
-    return torch.from_numpy(taps.reshape(2 * radius + 1, size * size).astype(np.float32)).to(device)
-
-
-def solarize_(images: Float[Tensor, "samples 3 height width"]) -> Float[Tensor, "samples 3 height width"]:
-    return images.copy_(torch.where(images >= SOLARIZE_THRESHOLD, 1 - images, images))
+def solarize_(channel: Channel, which: PerSample) -> None:
+    bright = torch.ge(channel, SOLARIZE_THRESHOLD, out=torch.empty_like(channel))
+    channel.lerp_(1 - channel, bright.mul_(which))

@@ -147,6 +147,7 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     if config["compile"]:
         run.student.compile()
         run.teacher.compile()
+        run.transform.compile()
     student = data_parallel(run.student, run.accumulation)
     if state is not None and run.rank < len(state["rng"]):
         set_rng_state(state["rng"][run.rank])

@@ -23,7 +23,7 @@ def rows(shown):
 
 
 def test_the_table_has_every_contestant_with_its_ratio_to_the_reference(images, capsys):
-    data.main(["--images", images, "--rounds", "1"])
+    data.main(["--images", images, "--rounds", "1", "--eager"])
     shown = capsys.readouterr().out
     assert "2 images of a folder" in shown and "2 of them 80 x 60" in shown
     table = rows(shown)
@@ -53,7 +53,7 @@ def test_the_profile_names_every_stage_and_adds_them_up(images, capsys):
 
 def test_without_a_gpu_its_rows_are_left_out_in_a_sentence(images, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    data.main(["--images", images, "--rounds", "1", "--device", "cuda"])
+    data.main(["--images", images, "--rounds", "1", "--eager", "--device", "cuda"])
     shown = capsys.readouterr().out
     assert shown.startswith("This torch sees no CUDA device: the GPU's rows are left out.")
     assert "photometry" in rows(shown) and "GPU: photometry" not in rows(shown)

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from benchmarks.reference import ReferenceTransform, photograph
 from dino.augmentation import DINOTransform, collate_multi_crop
-from dino.photometry import blend_, blur, gray_, shift_hue_, solarize_
+from dino.photometry import blur, brighten_, contrast_, saturate_, shift_hue_, solarize_
 
 DATA = Path(os.environ.get("DINO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # views stay in [0, 1]
@@ -265,37 +265,51 @@ def distance(ours, theirs):
     return ((255 * ours[0]).round() - eight_bit).abs()
 
 
-def floats(pil):
-    return F.pil_to_tensor(pil)[None] / 255
+def channels(pil):
+    return [channel[None] for channel in F.pil_to_tensor(pil) / 255]
+
+
+def by(operation_, pil, value):
+    rgb = channels(pil)
+    operation_(rgb, torch.full((1, 1, 1), value))
+    return torch.stack(rgb, dim=1)
+
+
+def solarized(pil):
+    rgb = channels(pil)
+    for channel in rgb:
+        solarize_(channel, torch.ones(1, 1, 1))
+    return torch.stack(rgb, dim=1)
+
+
+def blurred(pil, sigma, radius):
+    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma).square())
+    taps = (weights / weights.sum())[:, None, None, None].unbind(0)
+    return torch.stack([blur(channel, taps) for channel in channels(pil)], dim=1)
 
 
 @pytest.mark.parametrize("form", [lambda pil: pil, F.pil_to_tensor], ids=["PIL", "tensor"])
 @pytest.mark.parametrize("factor", [0.0, 0.6, 0.8, 1.0, 1.2, 1.4])
 @pytest.mark.parametrize(
-    ("operation", "coefficients"),
-    [
-        (F.adjust_brightness, lambda f: (f, 0 * f, 0 * f)),
-        (F.adjust_contrast, lambda f: (f, 0 * f, 1 - f)),
-        (F.adjust_saturation, lambda f: (f, 1 - f, 0 * f)),
-    ],
+    ("ours_", "theirs"),
+    [(brighten_, F.adjust_brightness), (contrast_, F.adjust_contrast), (saturate_, F.adjust_saturation)],
     ids=["brightness", "contrast", "saturation"],
 )
-def test_a_blend_is_within_a_grey_level_of_torchvisions_in_8_bits(operation, coefficients, factor, form, pil):
-    ours = blend_(floats(pil), *coefficients(torch.tensor([factor])))
-    assert distance(ours, operation(form(pil), factor)).max() <= 1
+def test_a_blend_is_within_a_grey_level_of_torchvisions_in_8_bits(ours_, theirs, factor, form, pil):
+    assert distance(by(ours_, pil, factor), theirs(form(pil), factor)).max() <= 1
 
 
 @pytest.mark.parametrize("form", [lambda pil: pil, F.pil_to_tensor], ids=["PIL", "tensor"])
 def test_gray_and_solarized_images_are_within_a_grey_level_of_torchvisions_in_8_bits(form, pil):
-    assert distance(gray_(floats(pil)), F.rgb_to_grayscale(form(pil), num_output_channels=3)).max() <= 1
-    assert distance(solarize_(floats(pil)), F.solarize(form(pil), 128)).max() == 0
+    assert distance(by(saturate_, pil, 0.0), F.rgb_to_grayscale(form(pil), num_output_channels=3)).max() <= 1
+    assert distance(solarized(pil), F.solarize(form(pil), 128)).max() == 0
 
 
 @pytest.mark.parametrize("shift", [-0.1, -0.03, 0.05, 0.07, 0.1])
 def test_a_hue_shift_is_within_a_grey_level_of_torchvisions_and_within_pils_own_steps_of_pils(shift, pil):
     """PIL has 256 hues, a step is 6 / 255 of the chroma. One is lost at most where the image is converted, one where
     torchvision makes the shift an integer, and one where the hue passes 255; saturation and value cost 2 levels."""
-    ours, pixels = shift_hue_(floats(pil), torch.tensor([shift])), F.pil_to_tensor(pil).float()
+    ours, pixels = by(shift_hue_, pil, shift), F.pil_to_tensor(pil).float()
     assert distance(ours, F.adjust_hue(F.pil_to_tensor(pil), shift)).max() <= 1
     from_pil = distance(ours, F.adjust_hue(pil, shift))
     assert (from_pil <= 3 * 6 / 255 * (pixels.amax(0) - pixels.amin(0)) + 2).all()
@@ -304,7 +318,7 @@ def test_a_hue_shift_is_within_a_grey_level_of_torchvisions_and_within_pils_own_
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 1.5, 2.0])
 def test_a_blur_is_within_a_grey_level_of_torchvisions_and_as_far_from_pils_as_torchvisions_is(sigma, pil):
-    ours = blur(floats(pil), torch.tensor([sigma]), radius=6)
+    ours = blurred(pil, sigma, radius=6)
     theirs = F.gaussian_blur(F.pil_to_tensor(pil), [13, 13], [sigma, sigma])
     assert distance(ours, theirs).max() <= 1
     by_pil = pil.filter(ImageFilter.GaussianBlur(sigma))
