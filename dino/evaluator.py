@@ -45,10 +45,11 @@ class KNN:
     ) -> dict[str, float]:
         """{"knn": accuracy in [0, 1] of `val` by its neighbours in `train`}. The backbone is used in eval mode.
 
-        Images that cannot be read are left out, with a sentence each in `broken`.
+        Images that cannot be read are left out, with a sentence each in the log and in `broken`.
         """
         if train.classes is None or val.classes is None:
             return {}
+        broken = set() if broken is None else broken
         was_training = {module: module.training for module in backbone.modules()}
         backbone.eval()
         try:
@@ -90,7 +91,7 @@ class KNN:
         device: Any,
         autocast: Callable[[], Any],
         num_workers: int,
-        broken: set[str] | None,
+        broken: set[str],
     ) -> Features:
         """Of this process's share of `data`."""
         features, labels = [], []
@@ -99,8 +100,7 @@ class KNN:
                 out = backbone(self.transform.normalise(images.to(device, non_blocking=True)))
             features.append(out.float())
             labels.append(targets.to(device))
-            if broken is not None:
-                note(sentences, broken)
+            note(sentences, broken)
         return torch.cat(features), torch.cat(labels)
 
     def _batches(

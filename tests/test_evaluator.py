@@ -4,6 +4,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
+from dino.dataset.encoded import BrokenImage
 from dino.dataset.textures import Textures
 from dino.evaluator import KNN, NoEvaluator, RawPixels, calibrate, knn_hits
 
@@ -104,6 +105,19 @@ def test_without_labels_nothing_is_measured():
     assert KNN(size=64)(Threes(), unlabelled, unlabelled) == {}
     assert KNN(size=64).baselines(Threes(), unlabelled, unlabelled) == {}
     assert NoEvaluator()(Threes(), unlabelled, unlabelled) == {}
+
+
+class WithoutTheThird(Textures):
+    def __getitem__(self, index):
+        if index == 3:
+            raise BrokenImage("3.jpg is no image.", "3.jpg")
+        return super().__getitem__(index)
+
+
+def test_what_cannot_be_read_is_left_out_and_said_also_to_who_keeps_no_list(caplog):
+    train, val = WithoutTheThird("train", images=200), Textures("val", images=20)
+    KNN(size=64)(Threes(), train, val)
+    assert [record.message for record in caplog.records] == ["passed over: 3.jpg is no image."]
 
 
 @pytest.mark.parametrize("change", [{"k": 0}, {"temperature": 0.0}, {"size": 0}, {"batch_size": 0}])
