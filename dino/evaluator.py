@@ -1,9 +1,7 @@
 """Nearest neighbours in the space of frozen features: what a backbone has learned, without training anything on it."""
 
-import copy
-import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,16 +9,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Subset
 
 from dino.augmentation import EvalTransform
-from dino.broken import first_readable, note
 from dino.distributed import gathered, my_share
+from dino.features import UNREAD, Features, RawPixels, batches, calibrate, features_of
 
 log = logging.getLogger(__name__)
-Features = tuple[Float[Tensor, "images dim"], Int[Tensor, " images"]]
-UNREAD = -1  # label of an image that is left out
 Bank = tuple[Float[Tensor, "bank dim"], Int[Tensor, " bank"]]
+Queries = tuple[Float[Tensor, "images dim"], Int[Tensor, " images"]]
 
 
 class KNN:
@@ -49,18 +46,10 @@ class KNN:
         """
         if train.classes is None or val.classes is None:
             return {}
-        broken = set() if broken is None else broken
-        was_training = {module: module.training for module in backbone.modules()}
-        backbone.eval()
-        try:
-            mine, queries = (
-                self._features(backbone, data, device, autocast, num_workers, broken) for data in (train, val)
-            )
-        finally:
-            for module, training in was_training.items():
-                module.training = training
-        features, labels = gathered(mine[0], len(train)), gathered(mine[1], len(train))
-        hits = knn_hits((features[labels != UNREAD], labels[labels != UNREAD]), queries, self.k, self.temperature)
+        rest = (self.transform, device, autocast, self.batch_size, num_workers, broken)
+        mine, queries = (features_of(backbone, Subset(data, my_share(len(data))), *rest) for data in (train, val))
+        bank = Features(gathered(mine.rows, len(train)), gathered(mine.labels, len(train))).read()
+        hits = knn_hits(bank, queries, self.k, self.temperature)
         hit, read = (gathered(which.to(torch.uint8), len(val)).sum().item() for which in (hits, queries[1] != UNREAD))
         return {"knn": hit / max(1, read)}
 
@@ -79,43 +68,9 @@ class KNN:
             return {}
         log.info("measuring raw pixels and the untrained backbone, %d images each", len(train) + len(val))
         rest = (train, val, device, autocast, num_workers, broken)
-        images = (views for views, *_ in self._batches(train, num_workers, shuffle=True))
+        images = (views for views, *_ in batches(train, self.transform, self.batch_size, num_workers, shuffle=True))
         calibrated = calibrate(backbone, (self.transform.normalise(batch.to(device)) for batch in images), autocast)
         return {"raw_pixels": self(RawPixels(), *rest)["knn"], "untrained": self(calibrated, *rest)["knn"]}
-
-    @torch.inference_mode()
-    def _features(
-        self,
-        backbone: nn.Module,
-        data: Any,
-        device: Any,
-        autocast: Callable[[], Any],
-        num_workers: int,
-        broken: set[str],
-    ) -> Features:
-        """Of this process's share of `data`."""
-        features, labels = [], []
-        for images, targets, sentences in self._batches(Subset(data, my_share(len(data))), num_workers):
-            with autocast():
-                out = backbone(self.transform.normalise(images.to(device, non_blocking=True)))
-            features.append(out.float())
-            labels.append(targets.to(device))
-            note(sentences, broken)
-        return torch.cat(features), torch.cat(labels)
-
-    def _batches(
-        self, data: Any, num_workers: int, shuffle: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-        return iter(
-            DataLoader(
-                _Prepared(data, self.transform),
-                batch_size=self.batch_size,
-                shuffle=shuffle,
-                num_workers=num_workers,
-                collate_fn=_collate,
-                generator=torch.Generator().manual_seed(0),  # the run's own generator stays where it is
-            )
-        )
 
 
 class NoEvaluator:
@@ -128,18 +83,8 @@ class NoEvaluator:
         return {}
 
 
-class RawPixels(nn.Module):
-    """Images of 32 x 32 pixels as they are, their mean removed: what a backbone must beat to have learned anything."""
-
-    output_dim = 3 * 32 * 32
-
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch {self.output_dim}"]:
-        small = F.interpolate(images, size=(32, 32), mode="bilinear", antialias=True, align_corners=False).flatten(1)
-        return small - small.mean(dim=1, keepdim=True)
-
-
 def knn_hits(
-    bank: Bank, queries: Features, k: int = 20, temperature: float = 0.07, chunk: int = 1024
+    bank: Bank, queries: Queries, k: int = 20, temperature: float = 0.07, chunk: int = 1024
 ) -> Bool[Tensor, " images"]:
     """Of which `queries` the label wins the weighted vote of their k nearest in `bank`; in chunks of queries.
 
@@ -154,44 +99,3 @@ def knn_hits(
         votes.scatter_add_(1, bank_labels[neighbour], (similarity / temperature).exp())
         hits.append(votes.argmax(dim=1) == labels)
     return torch.cat(hits)
-
-
-@torch.no_grad()
-def calibrate(
-    backbone: nn.Module,
-    batches: Iterator[Tensor],
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    passes: int = 20,
-) -> nn.Module:
-    """A copy of `backbone` whose batch norms hold the plain mean of their statistics over `passes` batches of images.
-
-    An untrained network scores several points higher so: the honest figure to beat. Nothing is learned.
-    """
-    calibrated = copy.deepcopy(backbone).train()
-    norms = [module for module in calibrated.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative mean
-    for images in itertools.islice(batches if norms else (), passes):
-        with autocast():
-            calibrated(images)
-    return calibrated.eval()
-
-
-class _Prepared(Dataset[tuple[Tensor, int, list[str]]]):
-    """(image, label, what could not be read): in place of a broken image stands another, without a label."""
-
-    def __init__(self, data: Any, transform: EvalTransform) -> None:
-        self.data, self.transform = data, transform
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, list[str]]:
-        (image, label), broken = first_readable(self.data.__getitem__, index, len(self.data))
-        return self.transform(image), UNREAD if broken else label, broken
-
-
-def _collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
-    images, labels, broken = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels), [sentence for sentences in broken for sentence in sentences]

@@ -329,7 +329,11 @@ def test_drop_path_rises_linearly_and_drops_whole_samples_of_both_branches(build
             torch.nn.init.zeros_(linear.weight)
             torch.nn.init.zeros_(linear.bias)
     last = branches(backbone)[-1]
-    blocks = backbone._blocks if isinstance(backbone, ViTTiny) else backbone._layers
+    layers = backbone._blocks if isinstance(backbone, ViTTiny) else backbone._layers
+
+    def blocks(images, depth):
+        return layers(images, depth)[-1]
+
     images = torch.randn(1, 3, 32, 32).expand(200, 3, 32, 32)
     with torch.no_grad():
         for linear in last[1:]:
@@ -345,6 +349,24 @@ def test_drop_path_rises_linearly_and_drops_whole_samples_of_both_branches(build
         start = blocks(images[:2], 3)
         torch.nn.init.ones_(last[1].bias)
         assert torch.allclose(blocks(images[:2], 3) - start, torch.ones(2, 17, 48), atol=1e-4)
+
+
+@pytest.mark.parametrize("build", VITS)
+def test_the_last_tokens_are_what_each_of_the_last_layers_gives_normalised(build):
+    backbone, images, given = build().eval(), torch.randn(2, 3, 32, 32), []
+    layers, norm = (
+        (backbone.blocks, backbone.norm)
+        if isinstance(backbone, ViTTiny)
+        else (backbone.network.layers, backbone.network.layernorm)
+    )
+    for layer in layers:
+        layer.register_forward_hook(lambda module, inputs, output: given.append(output))
+    with torch.no_grad():
+        last = backbone.last_tokens(images, 2)
+        assert len(last) == 2 and len(given) == 3
+        for ours, output in zip(last, given[1:]):
+            assert torch.equal(ours, norm(output))
+        assert torch.equal(last[-1], backbone.tokens(images))
 
 
 @pytest.mark.parametrize("build", VITS)

@@ -6,7 +6,8 @@ from torch import nn
 
 from dino.dataset.encoded import BrokenImage
 from dino.dataset.textures import Textures
-from dino.evaluator import KNN, NoEvaluator, RawPixels, calibrate, knn_hits
+from dino.evaluator import KNN, NoEvaluator, knn_hits
+from dino.features import RawPixels, calibrate
 
 
 def blobs(n, seed, spread=0.8, dim=16):

@@ -88,13 +88,18 @@ class ViT(nn.Module):
 
     def tokens(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens {self.output_dim}"]:
         """All tokens after the final norm: CLS, then the patches row by row."""
-        hidden: Tensor = self.network.layernorm(self._layers(images, len(self.network.layers)))
-        return hidden
+        return self.last_tokens(images, 1)[0]
+
+    def last_tokens(
+        self, images: Float[Tensor, "batch 3 height width"], layers: int
+    ) -> list[Float[Tensor, "batch tokens {self.output_dim}"]]:
+        """As `tokens`, after each of the last `layers` layers, all through the final norm; of the last layer last."""
+        return [self.network.layernorm(hidden) for hidden in self._layers(images, len(self.network.layers), layers)]
 
     def attention(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch heads tokens tokens"]:
         """Attention of the last layer, from each token (a row, which sums to 1) to every token; CLS first."""
         last = self.network.layers[-1]
-        hidden = last.layernorm_before(self._layers(images, len(self.network.layers) - 1))
+        hidden = last.layernorm_before(self._layers(images, len(self.network.layers) - 1)[0])
         query, key = (
             project(hidden).unflatten(-1, (last.attention.num_attention_heads, -1)).transpose(1, 2)
             for project in (last.attention.q_proj, last.attention.k_proj)
@@ -102,20 +107,22 @@ class ViT(nn.Module):
         weights: Tensor = (query @ key.transpose(-2, -1) * last.attention.scaling).softmax(dim=-1)
         return weights
 
-    def _layers(self, images: Tensor, depth: int) -> Tensor:
-        """The residual stream after the first `depth` layers."""
+    def _layers(self, images: Tensor, depth: int, keep: int = 1) -> list[Tensor]:
+        """The residual stream after the last `keep` of the first `depth` layers."""
         if min(images.shape[-2:]) < self.patch_size:
             raise ValueError(
                 f"ViT: images must be at least one patch ({self.patch_size} pixels) high and wide, "
                 f"got {images.shape[-2]} x {images.shape[-1]}. Take larger crops or a smaller backbone.patch_size."
             )
         hidden: Tensor = self.network.embeddings(images, interpolate_pos_encoding=True)
+        kept = [hidden]
         for layer in self.network.layers[:depth]:
             if self.gradient_checkpointing and self.training:
                 hidden = checkpoint(layer, hidden, use_reentrant=False)
             else:
                 hidden = layer(hidden)
-        return hidden
+            kept = [*kept, hidden][-keep:]
+        return kept
 
 
 def pretrained_network(pretrained: bool | str, architecture: tuple[int, int, int, int]) -> "ViTModel":

@@ -69,22 +69,27 @@ class ViTTiny(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch {self.output_dim}"]:
         """The CLS token after the final norm. Height and width: at least one pixel; the stem rounds up."""
-        hidden: Tensor = self.norm(self._blocks(images, len(self.blocks))[:, 0])
+        hidden: Tensor = self.norm(self._blocks(images, len(self.blocks))[0][:, 0])
         return hidden
 
     def tokens(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens {self.output_dim}"]:
         """All tokens after the final norm: CLS, then the patches row by row."""
-        hidden: Tensor = self.norm(self._blocks(images, len(self.blocks)))
-        return hidden
+        return self.last_tokens(images, 1)[0]
+
+    def last_tokens(
+        self, images: Float[Tensor, "batch 3 height width"], layers: int
+    ) -> list[Float[Tensor, "batch tokens {self.output_dim}"]]:
+        """As `tokens`, after each of the last `layers` blocks, all through the final norm; of the last block last."""
+        return [self.norm(hidden) for hidden in self._blocks(images, len(self.blocks), layers)]
 
     def attention(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch heads tokens tokens"]:
         """Attention of the last block, from each token (a row, which sums to 1) to every token; CLS first."""
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        return last.attention_weights(self._blocks(images, len(self.blocks) - 1))
+        return last.attention_weights(self._blocks(images, len(self.blocks) - 1)[0])
 
-    def _blocks(self, images: Tensor, depth: int) -> Tensor:
-        """The residual stream after the first `depth` blocks."""
+    def _blocks(self, images: Tensor, depth: int, keep: int = 1) -> list[Tensor]:
+        """The residual stream after the last `keep` of the first `depth` blocks."""
         patches = self.stem(images)
         positions: Tensor = self.positions
         if positions.shape[-2:] != patches.shape[-2:]:
@@ -92,12 +97,14 @@ class ViTTiny(nn.Module):
         patches = (patches + positions).flatten(2).transpose(1, 2)
         cls = (self.cls_token + self.cls_position).expand(len(images), -1, -1)
         hidden = torch.cat([cls, patches], dim=1)
+        kept = [hidden]
         for block in self.blocks[:depth]:
             if self.gradient_checkpointing and self.training:
                 hidden = checkpoint(block, hidden, use_reentrant=False)
             else:
                 hidden = block(hidden)
-        return hidden
+            kept = [*kept, hidden][-keep:]
+        return kept
 
 
 def convolutional_stem(hidden_dim: int, halvings: int) -> nn.Sequential:
