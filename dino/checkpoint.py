@@ -90,26 +90,54 @@ def save_teacher(directory: Path, teacher: DinoModel, config: dict[str, Any], pr
 
 
 def load_teacher(path: str | Path) -> DinoModel:
-    """A run's teacher in eval mode, from its directory or its teacher.safetensors, with no more than this package.
+    """A run's teacher in eval mode: from its directory, its teacher.safetensors or one of its checkpoints (.pt).
 
-    `.preprocessing` on the result: size in pixels, mean and std of the images it expects.
+    `.preprocessing` on the result: size in pixels, mean and std of the images it expects; `.config`: "backbone" and
+    "head", how they were built.
     """
-    from safetensors import safe_open
-
     path = Path(path) / TEACHER if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; expected a run's directory or its {TEACHER}.")
+        raise FileNotFoundError(
+            f"{path} is not there; expected a run's directory, its {TEACHER} or a checkpoint of it."
+        )
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-        backbone_config, head_config = json.loads(metadata["backbone"]), json.loads(metadata["head"])
-    except Exception as error:  # safetensors raises an exception type of its own for each fault
-        raise ValueError(f"{path} cannot be read as a {TEACHER} of this project ({error}).") from error
-    backbone = _construct({**backbone_config, **({"pretrained": False} if "pretrained" in backbone_config else {})})
-    model = DinoModel(backbone, _construct(head_config, input_dim=backbone.output_dim))
+        config, preprocessing, weights = (_in_checkpoint if path.suffix == ".pt" else _in_safetensors)(path)
+    except Exception as error:  # safetensors raises an exception type of its own for each fault, torch any
+        raise ValueError(f"{path} cannot be read as a {TEACHER} or a checkpoint of this project ({error}).") from error
+    backbone = untrained_backbone(config["backbone"])
+    model = DinoModel(backbone, _construct(config["head"], input_dim=backbone.output_dim))
     model.load_state_dict(weights)
-    model.preprocessing = json.loads(metadata["preprocessing"])
+    facts: Any = model  # torch types a module's attributes as tensors and modules
+    facts.preprocessing, facts.config = preprocessing, config
     return model.eval()
+
+
+def untrained_backbone(config: dict[str, Any]) -> nn.Module:
+    """The backbone of that node of a config, with random weights whatever it says of pretrained ones."""
+    return _construct({**config, **({"pretrained": False} if "pretrained" in config else {})})
+
+
+def _in_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(how backbone and head are built, how images are prepared, the weights)."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    parts = {key: json.loads(metadata[key]) for key in ("backbone", "head")}
+    return parts, json.loads(metadata["preprocessing"]), weights
+
+
+def _in_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    from dino.augmentation import IMAGENET_MEAN, IMAGENET_STD
+
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    config, colours = state["config"], state["config"]["augmentation"]
+    preprocessing = {
+        "size": config["dataset"]["eval_size"],
+        "mean": colours.get("mean", IMAGENET_MEAN),
+        "std": colours.get("std", IMAGENET_STD),
+    }
+    return {key: config[key] for key in ("backbone", "head")}, preprocessing, state["teacher"]
 
 
 def seed_all(seed: int) -> None:

@@ -6,22 +6,19 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.utils.data import Subset
 
 from dino.augmentation import EvalTransform
 from dino.distributed import gathered, my_share
-from dino.features import UNREAD, Features, RawPixels, batches, calibrate, features_of
+from dino.features import Features, RawPixels, batches, calibrate, features_of
+from dino.neighbours import knn_predictions
 
 log = logging.getLogger(__name__)
-Bank = tuple[Float[Tensor, "bank dim"], Int[Tensor, " bank"]]
-Queries = tuple[Float[Tensor, "images dim"], Int[Tensor, " images"]]
 
 
 class KNN:
-    """Weighted k-NN on a backbone's features (Wu et al. 2018; DINO, Sec. 4.1): cosine, weights exp(similarity / T)."""
+    """Weighted k-NN on a backbone's features (Wu et al. 2018; DINO, Sec. 3.2): cosine, weights exp(similarity / T)."""
 
     def __init__(self, size: int, k: int = 20, temperature: float = 0.07, batch_size: int = 256) -> None:
         for name, value in (("size", size), ("k", k), ("temperature", temperature), ("batch_size", batch_size)):
@@ -49,9 +46,10 @@ class KNN:
         rest = (self.transform, device, autocast, self.batch_size, num_workers, broken)
         mine, queries = (features_of(backbone, Subset(data, my_share(len(data))), *rest) for data in (train, val))
         bank = Features(gathered(mine.rows, len(train)), gathered(mine.labels, len(train))).read()
-        hits = knn_hits(bank, queries, self.k, self.temperature)
-        hit, read = (gathered(which.to(torch.uint8), len(val)).sum().item() for which in (hits, queries[1] != UNREAD))
-        return {"knn": hit / max(1, read)}
+        predicted = knn_predictions(bank, queries.rows, [self.k], self.temperature)[self.k]
+        right, read = predicted == queries.labels, queries.labels >= 0
+        hits, images = (gathered(which.to(torch.uint8), len(val)).sum().item() for which in (right, read))
+        return {"knn": hits / max(1, images)}
 
     def baselines(
         self,
@@ -81,21 +79,3 @@ class NoEvaluator:
 
     def baselines(self, *_: Any, **__: Any) -> dict[str, float]:
         return {}
-
-
-def knn_hits(
-    bank: Bank, queries: Queries, k: int = 20, temperature: float = 0.07, chunk: int = 1024
-) -> Bool[Tensor, " images"]:
-    """Of which `queries` the label wins the weighted vote of their k nearest in `bank`; in chunks of queries.
-
-    Ties go to the smaller label. `k` is cut to the size of the bank.
-    """
-    bank_features, bank_labels = F.normalize(bank[0], dim=1), bank[1]
-    classes = int(torch.maximum(bank_labels.max(), queries[1].max())) + 1
-    hits = []
-    for features, labels in zip(torch.split(queries[0], chunk), torch.split(queries[1], chunk), strict=True):
-        similarity, neighbour = (F.normalize(features, dim=1) @ bank_features.T).topk(min(k, len(bank_features)), dim=1)
-        votes = torch.zeros(len(features), classes, device=features.device)
-        votes.scatter_add_(1, bank_labels[neighbour], (similarity / temperature).exp())
-        hits.append(votes.argmax(dim=1) == labels)
-    return torch.cat(hits)

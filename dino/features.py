@@ -21,11 +21,11 @@ from dino.augmentation import EvalTransform
 from dino.broken import first_readable, note
 
 log = logging.getLogger(__name__)
-UNREAD = -1  # label of an image that could not be read, and of every one without labels
+UNREAD = -2  # label of an image that could not be read; -1 is that of images without classes
 
 
 class Features(NamedTuple):
-    """A row for each image, in the order of its data set."""
+    """A row for each image, in the order of its data set, and its label: -1 without classes, UNREAD."""
 
     rows: Float[Tensor, "images dim"]
     labels: Int[Tensor, " images"]
@@ -49,7 +49,7 @@ def features_of(
 ) -> Features:
     """`network` in eval mode, [B, 3, S, S] -> [B, dim], on each image of `data` once.
 
-    Where an image cannot be read, the row is another's and the label UNREAD; a sentence goes to the log and to `broken`.
+    Where an image cannot be read, the row is another's and the label UNREAD, and log and `broken` have a sentence.
     `bar`: words beside a progress bar; None: no bar.
     """
     broken = set() if broken is None else broken

@@ -157,7 +157,7 @@ def test_anyone_can_read_a_teacher_file_with_safetensors_alone(tmp_path):
 
 
 def test_what_is_no_teacher_file_is_refused_in_a_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected a run's directory or its teacher.safetensors"):
+    with pytest.raises(FileNotFoundError, match="expected a run's directory, its teacher.safetensors"):
         load_teacher(tmp_path)
     (tmp_path / "teacher.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="cannot be read as a teacher.safetensors"):

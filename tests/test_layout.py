@@ -13,7 +13,7 @@ GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir()
 PARTS = sorted(
     path.relative_to(ROOT)
     for path in (ROOT / "dino").rglob("*.py")
-    if path.name not in ("train.py", "run.py") and path.parent.name != "config"
+    if path.name not in ("train.py", "evaluate.py", "run.py") and path.parent.name != "config"
 )
 
 

@@ -1,0 +1,283 @@
+"""What a backbone has learned: `python -m dino.evaluate run=outputs/<run> [key=value ...]`.
+
+In place of a run: checkpoint=<a teacher.safetensors or checkpoint>, or backbone=dino_vits16 backbone.pretrained=true
+dataset=imagenette dataset.root=<folder>. The features of a data set are computed once and kept; then
+
+  knn           weighted k-NN, every k of `ks` (Wu et al. 2018; DINO, Sec. 3.2)
+  linear        a linear classifier by SGD, several learning rates at once (DINO, Sec. 3.2)
+  logistic      logistic regression
+  few_shot      the same from shares of the labels
+  finetune      the whole backbone, trained on
+  unsupervised  RankMe, alpha of the spectrum, agreement of two views: without labels, of every checkpoint of a run
+
+are measured, of the backbone, of one that has learned nothing, and of raw pixels. They are printed, and written to
+evaluation.json, the run's history and its loggers. Keys: conf/evaluate.yaml.
+"""
+
+import argparse
+import json
+import logging
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import nn
+
+from dino.checkpoint import load_checkpoint, load_teacher, untrained_backbone
+from dino.config import CONF, build, compose
+from dino.config.node import Misfit, fitted, is_node, misfits, shown
+from dino.device import choose_device, choose_precision, default_workers, describe
+from dino.features import RawPixels
+from dino.history import History
+from dino.logger import Loggers
+from dino.measures import Measures
+from dino.refused import Refused
+from dino.run_directory import CONFIG, lock, state_of
+from dino.unsupervised import preferred
+
+log = logging.getLogger("dino.evaluate")
+RESULTS = "evaluation.json"
+PLAIN = ("rankme", "alpha")  # figures that are no shares
+KEYS: dict[str, Any] = {
+    "run": str | None,
+    "checkpoint": str | None,
+    "measures": list[Literal["knn", "linear", "logistic", "few_shot", "finetune", "unsupervised"]],
+    "baselines": bool,
+    "size": int | None,
+    "output": str | None,
+    "seed": int,
+    "device": str,
+    "precision": Literal["auto", "fp32", "bf16"],
+    "batch_size": int,
+    "num_workers": int | Literal["auto"],
+    "ks": list[int],
+    "temperature": float,
+    "layers": int,
+    "few_shot": list[float],
+    "probe_epochs": int,
+    "finetune_epochs": int,
+}
+POSITIVE = ("size", "batch_size", "ks", "temperature", "layers", "few_shot", "probe_epochs", "finetune_epochs")
+
+
+@dataclass
+class Subject:
+    """What is measured. `run`: the directory of the run that it is the teacher of, None for another's weights."""
+
+    name: str
+    backbone: nn.Module
+    node: dict[str, Any]  # of the config: how the backbone is built
+    dataset: dict[str, Any]
+    preprocessing: dict[str, Any]  # size in pixels, mean, std
+    augmentation: dict[str, Any]
+    run: Path | None
+    output: Path
+
+
+def main() -> None:
+    summary, _, more = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m dino.evaluate",
+        description=summary,
+        epilog=f"{more}\n{(CONF / 'evaluate.yaml').read_text()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for dino.train")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        evaluate(compose(parser.parse_args().overrides, "evaluate", CONF))
+    except Refused as refused:
+        print(*refused.problems, sep="\n", file=sys.stderr)
+        sys.exit(2)
+
+
+def evaluate(config: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """{"backbone": {measure: figure}, "untrained": ..., "raw_pixels": ...}; also written, see above.
+
+    Raises Refused, in sentences, for what cannot be measured.
+    """
+    config = {"backbone": None, "dataset": None} | config
+    if problems := list(problems_of(config)):
+        raise Refused(*problems)
+    subject = subject_of(config)
+    measures = measures_of(config, subject)
+    size, of = measures.transform.size, " and ".join(f"{len(data):,}" for data in measures.data.values())
+    log.info("%s at %d pixels on %s images, by %s", subject.name, size, of, describe(measures.device))
+    if not measures.labelled:
+        log.info("the images have no labels: only what needs none is measured")
+    results = {"backbone": measures.of("backbone", subject.backbone, config["measures"])}
+    if config["baselines"]:
+        torch.manual_seed(config["seed"])
+        untrained = measures.untrained(untrained_backbone(subject.node))
+        results["untrained"] = measures.of("untrained", untrained, config["measures"])
+        results["raw_pixels"] = measures.of("raw_pixels", RawPixels(), config["measures"])
+    print(table(results), flush=True)
+    if "unsupervised" in config["measures"] and len(rows := of_checkpoints(measures, subject)) > 1:
+        print(table(rows), preferred(rows), sep="\n", flush=True)
+        results |= rows
+    record(results, subject)
+    return results
+
+
+def problems_of(config: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each key that cannot be used, the key first."""
+    for key, hint in KEYS.items():
+        try:
+            value = fitted(config[key], hint)
+        except Misfit as misfit:
+            yield f"{key}={shown(config[key])}: expected {misfit}."
+            continue
+        numbers = value if isinstance(value, list) else [value]
+        if key in POSITIVE and not all(number is None or number > 0 for number in numbers):
+            yield f"{key}={shown(value)}: expected {'numbers' if isinstance(value, list) else 'a number'} above 0."
+    if not isinstance(config["few_shot"], list) or any(isinstance(s, float) and s > 1 for s in config["few_shot"]):
+        yield f"few_shot={shown(config['few_shot'])}: expected shares of the labels, at most 1."
+    given = [key for key in ("run", "checkpoint", "backbone") if config[key] is not None]
+    if len(given) != 1:
+        got = " and ".join(given) or "none"
+        yield f"run, checkpoint, backbone: expected one of them, got {got}; give run=outputs/<run>, say."
+    if given == ["backbone"] and config["dataset"] is None:
+        yield "dataset: a backbone comes with no images; give dataset=imagenette dataset.root=<folder>, say."
+    for path, node in (
+        ("backbone", config["backbone"]),
+        *((f"dataset.{split}", (config["dataset"] or {}).get(split)) for split in ("train", "val")),
+    ):
+        if is_node(node):
+            yield from (sentence for _, sentence in misfits(path, node))
+
+
+def subject_of(config: dict[str, Any]) -> Subject:
+    """Raises Refused where weights or images are not to be had."""
+    if config["backbone"] is not None:
+        backbone, node = build(config["backbone"]), config["backbone"]
+        weights = {True: "pretrained", False: "random weights"}.get(
+            pretrained := node.get("pretrained", False), pretrained
+        )
+        name = f"{type(backbone).__name__}, {weights}"
+        prepared, directory, trained = {"size": config["dataset"]["eval_size"]}, None, dict[str, Any]()
+    else:
+        given = Path(config["run"] or config["checkpoint"])
+        try:
+            teacher: Any = load_teacher(given)
+        except (FileNotFoundError, ValueError) as error:
+            raise Refused(str(error)) from error
+        backbone, node, prepared, name = teacher.backbone, teacher.config["backbone"], teacher.preprocessing, str(given)
+        directory = next((folder for folder in (given, *given.parents[:2]) if (folder / CONFIG).is_file()), None)
+        trained = {} if directory is None else yaml.safe_load((directory / CONFIG).read_text())
+    dataset = config["dataset"] or trained.get("dataset")
+    if dataset is None:
+        raise Refused(f"dataset: nothing beside {name} says which images; give dataset=<one> dataset.root=<folder>.")
+    return Subject(
+        name=name,
+        backbone=backbone,
+        node=node,
+        dataset=dataset,
+        preprocessing=prepared | ({"size": config["size"]} if config["size"] else {}),
+        augmentation=trained.get("augmentation", {}),
+        run=directory if config["run"] else None,
+        output=Path(config["output"] or directory or Path("outputs", "evaluate", re.sub(r"[^\w.-]+", "_", name))),
+    )
+
+
+def measures_of(config: dict[str, Any], subject: Subject) -> Measures:
+    device, workers = choose_device(config["device"]), config["num_workers"]
+    sizes = {"global_size": subject.preprocessing["size"], "num_local_views": 0}
+    return Measures(
+        data={split: build(subject.dataset[split]) for split in ("train", "val")},
+        transform=build({"_target_": "dino.augmentation.EvalTransform", **subject.preprocessing}),
+        augmentation=build({"_target_": "dino.augmentation.DINOTransform", **subject.augmentation, **sizes}),
+        kept_in=subject.output / "features",
+        device=device,
+        precision=choose_precision(config["precision"], device),
+        num_workers=default_workers(device) if workers == "auto" else workers,
+        **{
+            key: config[key]
+            for key in (
+                "batch_size",
+                "seed",
+                "ks",
+                "temperature",
+                "layers",
+                "few_shot",
+                "probe_epochs",
+                "finetune_epochs",
+            )
+        },
+    )
+
+
+def of_checkpoints(measures: Measures, subject: Subject) -> dict[str, dict[str, float]]:
+    """The figures that need no labels, of every checkpoint of the run, the oldest first."""
+    paths = sorted((subject.run / "checkpoints").glob("*.pt")) if subject.run is not None else []
+    iterations = {path: torch.load(path, map_location="cpu", weights_only=True)["iteration"] for path in paths}
+    each = sorted({at: path for path, at in iterations.items()}.items())  # the best is one of the others
+    return {f"step {at}": measures.of(f"step {at}", load_teacher(path).backbone, ["unsupervised"]) for at, path in each}
+
+
+def record(results: dict[str, dict[str, float]], subject: Subject) -> None:
+    """evaluation.json, with what earlier commands measured of the same; of a run its history and loggers as well."""
+    path = subject.output / RESULTS
+    entries = json.loads(path.read_text()) if path.is_file() else []
+    of = {"subject": subject.name, "size": subject.preprocessing["size"], "dataset": subject.dataset["val"]}
+    before: dict[str, Any] = next((entry for entry in entries if entry["of"] == of), {"measured": {}})
+    finite = {n: {k: v if math.isfinite(v) else None for k, v in row.items()} for n, row in results.items()}  # JSON's
+    measured = {name: before["measured"].get(name, {}) | figures for name, figures in finite.items()}
+    entry = {"of": of, "measured": before["measured"] | measured, "created_at": datetime.now(UTC).isoformat()}
+    entries = [*(other for other in entries if other["of"] != of), entry]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+    partial.replace(path)
+    log.info("written to %s", path)
+    if subject.run is None:
+        return
+    try:
+        with lock(subject.run):
+            history = History.load(subject.run / "history.json")
+            history.metadata["evaluations"] = entries
+            history.save(subject.run / "history.json")
+            tell_loggers(subject.run, results["backbone"])
+    except (Refused, OSError, ValueError) as error:
+        log.warning("not in the run's history: %s", error)
+
+
+def tell_loggers(run: Path, figures: dict[str, float]) -> None:
+    config = yaml.safe_load((run / CONFIG).read_text())
+    if not config["logger"]:
+        return
+    state = load_checkpoint(run)
+    loggers = Loggers(list(build(config["logger"]).values()))
+    loggers.start(run, config, None if state is None else state["wandb_run_id"])
+    # A step of its own: TensorBoard forgets what it was told of a step with which a run goes on.
+    loggers.log({f"evaluation/{name}": value for name, value in figures.items()}, state_of(run).step + 1)
+    loggers.finish()
+
+
+def table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """A line a measure, a column a network; accuracies in per cent."""
+    names = dict.fromkeys(name for figures in results.values() for name in figures)
+    measures = [name for name in names if not re.search(r"_lr|_C$|_images$", name)]  # how they were had is in the file
+    lines = [["", *results]]
+    for measure in measures:
+        shown_ = [figures.get(measure) for figures in results.values()]
+        as_text = "{:.2f}".format if measure in PLAIN else "{:.1%}".format
+        lines.append([measure.replace("_", " "), *("" if value is None else as_text(value) for value in shown_)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if i else text.ljust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+if __name__ == "__main__":
+    main()
