@@ -18,7 +18,7 @@ from dino.broken import LIST, MOST, TooManyBroken, too_many
 from dino.distributed import averaged, largest, place
 from dino.history import History
 from dino.logger import Loggers
-from dino.loss import DinoLoss
+from dino.monitor import Monitor
 from dino.scheduler import Values
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Journal:
         directory: Path,
         history: History,
         loggers: Loggers,
-        loss: DinoLoss,
+        monitor: Monitor,
         evaluate: Callable[[], dict[str, float]],
         checkpoint: Callable[[int, dict[str, Any], bool], None],
         stop: StopSignal,
@@ -95,14 +95,14 @@ class Journal:
         metrics: dict[str, Any] | None = None,
         writes: bool = True,
     ) -> None:
-        self.directory, self.history, self.loggers, self.loss = directory, history, loggers, loss
+        self.directory, self.history, self.loggers, self.monitor = directory, history, loggers, monitor
         self.writes = writes
         self.evaluate, self.checkpoint, self.stop = evaluate, checkpoint, stop
         self.broken, self.images = broken, images
         self.total_steps, self.steps_per_epoch, self.effective_batch = total_steps, steps_per_epoch, effective_batch
         self.log_every_steps, self.evaluate_every_epochs = log_every_steps, evaluate_every_epochs
         self.checkpoint_every_epochs, self.checkpoint_every_minutes = checkpoint_every_epochs, checkpoint_every_minutes
-        nothing_yet = {
+        nothing_yet: dict[str, Any] = {
             "epoch_loss": 0.0,
             "epoch_steps": 0,
             "last_knn": math.nan,
@@ -110,6 +110,10 @@ class Journal:
             "training_seconds": 0.0,
         }
         self.metrics = metrics or nothing_yet
+        if "monitor" in self.metrics:  # runs of before there was one have none
+            monitor.load_state_dict(self.metrics["monitor"])
+        if self._logs(start):
+            monitor.remember_weights()
         self.first_step, self.recent = start, list[Tensor]()
         seconds = 0.1 if sys.stderr.isatty() else 30.0  # a log file is not a terminal
         self.bar = tqdm(
@@ -125,14 +129,26 @@ class Journal:
     def close(self) -> None:
         self.bar.close()
 
-    def __call__(self, step: int, now: Values, loss: Tensor, gradient_norm: Tensor, teacher: Tensor) -> None:
+    def __call__(
+        self,
+        step: int,
+        now: Values,
+        loss: Tensor,
+        gradient_norm: Tensor,
+        teacher: Tensor,
+        student: Tensor,
+        features: Tensor,
+    ) -> None:
         """`step` counts from 0; `iteration` in the history and on checkpoints is the number of updates done."""
         done = step + 1
         self.recent.append(loss)
+        self.monitor.see(teacher)
         self.bar.update()
         at_epoch_end, at_end = done % self.steps_per_epoch == 0, done == self.total_steps
-        if step % self.log_every_steps == 0 or at_end:
-            self._record(done, now, gradient_norm, teacher)
+        if self._logs(step):
+            self._record(done, now, gradient_norm, teacher, student, features)
+        if self._logs(done):
+            self.monitor.remember_weights()
         best = (at_epoch_end or at_end) and self._end_of_epoch(done)
         epoch = done // self.steps_per_epoch
         minutes = (time.monotonic() - self.last_save) / 60
@@ -158,16 +174,20 @@ class Journal:
             largest(0)  # until the checkpoint is written: a launcher ends all when one process ends
             raise Interrupted(signum)
 
-    def _record(self, done: int, now: Values, gradient_norm: Tensor, teacher: Tensor) -> None:
+    def _logs(self, step: int) -> bool:
+        return step % self.log_every_steps == 0 or step + 1 == self.total_steps
+
+    def _record(
+        self, done: int, now: Values, gradient_norm: Tensor, teacher: Tensor, student: Tensor, features: Tensor
+    ) -> None:
         images_per_second = self._look_at_losses(done)
-        entropy, entropy_of_mean = self.loss.entropies(teacher, now.teacher_temp)
-        relative = self.last_loss / math.log(self.loss.out_dim)
+        figures = self.monitor.measure(teacher, student, features, now.teacher_temp)
+        relative = self.last_loss / self.monitor.ln_k
         values = {
             "loss": self.last_loss,
             "loss_over_ln_k": relative,
-            "kl_over_ln_k": relative - entropy.item(),
-            "teacher_entropy": entropy.item(),
-            "teacher_entropy_of_mean": entropy_of_mean.item(),
+            "kl_over_ln_k": relative - figures["teacher_entropy"],
+            **figures,
             "learning_rate": now.learning_rate,
             "weight_decay": now.weight_decay,
             "momentum": now.momentum,
@@ -176,6 +196,9 @@ class Journal:
             "images_per_second": images_per_second,
         }
         self.history.record_iteration(done, **values)
+        if news := self.monitor.news(done, values, features):
+            log.warning(news)
+            self.history.metadata.setdefault("collapse", []).append(news)
         self._write_history()
         self.loggers.log(values, done)
         self.bar.set_postfix_str(
@@ -234,6 +257,7 @@ class Journal:
         if self.recent:
             self._look_at_losses(done)  # never save over a good checkpoint what is not finite
         self._write_history()
+        self.metrics["monitor"] = self.monitor.state_dict()
         self.checkpoint(done, self.metrics, best)
         self.last_save = self.last_flush = time.monotonic()
 

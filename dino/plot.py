@@ -21,24 +21,31 @@ LABELS = {
     "teacher_entropy": "entropy of the teacher's outputs",
     "teacher_entropy_of_mean": "entropy of their mean",
     "teacher_temp": "teacher temperature",
+    "agreement": "student and teacher agree",
+    "feature_std": "standard deviation of features",
+    "rankme": "RankMe of features",
+    "update_to_weight": "update / weights",
     "images_per_second": "images / s",
 }
 FIRST = ("knn", "loss", "learning_rate", "momentum")
 # Read together they show collapse: to uniform (both entropies at 1) or to one prototype (both at 0; Sec. 5.3).
 OVER_LN_K = ("teacher_entropy_of_mean", "teacher_entropy", "kl_over_ln_k")
-NOISY = {"loss", "gradient_norm", "images_per_second", *OVER_LN_K}
-# The loss over ln K is the right axis of the loss; the others are what metrics are drawn against, or a clock.
+SHARES = ("agreement", "prototypes_in_use")
+TOGETHER = {"over ln K": OVER_LN_K, "share": SHARES}
+NOISY = {"loss", "gradient_norm", "images_per_second", "feature_std", "rankme", "update_to_weight", *OVER_LN_K, *SHARES}
 MOST_IN_LEGEND = 10  # runs, as many as there are colours; the others are grey
-NO_PANEL = {"loss_over_ln_k", "iteration", "epoch", "timestamp", "training_seconds"}
+# The loss over ln K is the right axis of the loss, KL to uniform follows from the entropy of the mean; the others are
+# what metrics are drawn against, or a clock.
+NO_PANEL = {"loss_over_ln_k", "kl_to_uniform", "iteration", "epoch", "timestamp", "training_seconds"}
 
 
 def panels(names: Sequence[str]) -> list[tuple[str, ...]]:
     """The metrics of each frame, in order of what one looks at first."""
-    shared = tuple(name for name in OVER_LN_K if name in names)
-    rest = [name for name in names if name not in NO_PANEL.union(FIRST, OVER_LN_K)]
+    shared = [tuple(name for name in of_frame if name in names) for of_frame in TOGETHER.values()]
+    rest = [name for name in names if name not in NO_PANEL.union(FIRST, *TOGETHER.values())]
     return [
         *((name,) for name in FIRST if name in names),
-        *([shared] if shared else []),
+        *filter(None, shared),
         *((name,) for name in rest),
     ]
 
@@ -67,7 +74,8 @@ def draw(
         axes.margins(x=0.02)
         for color, name in enumerate(names):
             _curve(axes, np.array(columns[x], dtype=float), np.array(columns[name], dtype=float), name, f"C{color}")
-        axes.set_ylabel(_label(names[0]) if len(names) == 1 else "over ln K" if set(names) <= set(OVER_LN_K) else "")
+        of_frame = next((label for label, shared in TOGETHER.items() if set(names) <= set(shared)), "")
+        axes.set_ylabel(_label(names[0]) if len(names) == 1 else of_frame)
         if names == ("knn",):
             _against_baselines(axes, baselines)
         if names == ("loss",) and ln_k is not None:

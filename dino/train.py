@@ -51,7 +51,7 @@ def train(
         total, teacher_means = torch.zeros((), device=loss.center.device), []
         for part, views in enumerate(parts, start=1):  # one, unless accumulating
             with autocast(), torch.no_grad():
-                teacher_out = teacher(views[: loss.n_global_crops])  # t1, t2
+                teacher_out, features = teacher(views[: loss.n_global_crops], return_backbone_features=True)  # t1, t2
             with no_sync(student) if part < accumulation else nullcontext():
                 with autocast():
                     student_out = student(views)  # s1, s2 and the local views
@@ -66,7 +66,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         update_teacher_EMA(student, teacher, now.momentum)
         loss.update_center(torch.stack(teacher_means))  # C, once a step and last
-        after_step(step, now, total, gradient_norm, teacher_out)
+        after_step(step, now, total, gradient_norm, teacher_out, student_out.detach(), features)
 
 
 def run(config: dict[str, Any], directory: Path) -> float:
@@ -102,6 +102,7 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     from dino.checkpoint import set_rng_state
     from dino.journal import Journal
     from dino.logger import Loggers
+    from dino.monitor import Monitor
     from dino.run import assemble
     from dino.run_directory import claim
 
@@ -127,7 +128,7 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
         directory=directory,
         history=history,
         loggers=loggers,
-        loss=run.loss,
+        monitor=Monitor(run.student, run.loss, quiet_steps=run.schedule.warmup_steps),
         evaluate=run.evaluate,
         checkpoint=_checkpointer(run, config, directory, history, loggers, start),
         stop=stop,

@@ -9,6 +9,7 @@ from dino.history import History
 from dino.journal import Interrupted, Journal, NonFiniteLoss, StopSignal
 from dino.logger import Loggers
 from dino.loss import DinoLoss
+from dino.monitor import Monitor
 from dino.scheduler import Values
 
 NOW = Values(learning_rate=1e-3, last_layer_learning_rate=1e-3, weight_decay=0.04, momentum=0.99, teacher_temp=0.04)
@@ -36,7 +37,7 @@ def journal(tmp_path, stop=None, measured=(), **changes):
         "directory": tmp_path,
         "history": History({}),
         "loggers": Loggers([spy]),
-        "loss": DinoLoss(4, ncrops=2),
+        "monitor": Monitor(torch.nn.Linear(2, 2), DinoLoss(4, ncrops=2)),
         "evaluate": lambda: next(results, {}),
         "checkpoint": lambda iteration, metrics, best: saved.append((iteration, dict(metrics), best)),
         "stop": stop or StopSignal(),
@@ -51,9 +52,14 @@ def journal(tmp_path, stop=None, measured=(), **changes):
     return Journal(**(arguments | changes)), saved, spy
 
 
-def walk(keeper, losses, start=0):
+def take(keeper, step, loss, teacher=None):
+    outputs = torch.zeros(4, 4) if teacher is None else teacher  # of 2 images in 2 views
+    keeper(step, NOW, torch.tensor(float(loss)), torch.tensor(2.0), outputs, outputs, outputs)
+
+
+def walk(keeper, losses, start=0, teacher=None):
     for step, loss in enumerate(losses, start):
-        keeper(step, NOW, torch.tensor(float(loss)), torch.tensor(2.0), torch.zeros(2, 4))
+        take(keeper, step, loss, teacher)
     keeper.close()
 
 
@@ -106,7 +112,7 @@ def test_a_signal_is_acted_on_after_the_step_with_a_checkpoint(tmp_path, signum)
         walk(keeper, [1, 1])
         os.kill(os.getpid(), signum)
         with pytest.raises(Interrupted, match=signum.name) as stopped:
-            keeper(2, NOW, torch.tensor(1.0), torch.tensor(2.0), torch.zeros(2, 4))
+            take(keeper, 2, 1)
     assert stopped.value.signum == signum
     assert saved[-1][0] == 3
     assert signal.getsignal(signum) == before

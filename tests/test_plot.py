@@ -24,6 +24,10 @@ def history():
             momentum=0.99 + i * 1e-4,
             teacher_entropy=0.9,
             teacher_entropy_of_mean=0.95,
+            kl_to_uniform=0.3,
+            agreement=0.25,
+            prototypes_in_use=0.1,
+            rankme=9.0,
             gradient_norm=1.5,
         )
     for epoch, knn in enumerate((0.3, 0.6, 0.7), start=1):
@@ -105,10 +109,12 @@ def test_everything_recorded_has_its_frame_and_the_collapse_measures_share_one(h
         "learning rate",
         "teacher momentum",
         "over ln K",
+        "share",
+        "RankMe of features",
         "gradient norm",
     ]
-    shared = figure.axes[3]
-    assert [curve.get_ydata()[0] for curve in shared.get_lines()] == [0.95, 0.9]
+    for frame, values in ((3, [0.95, 0.9]), (4, [0.25, 0.1])):
+        assert [curve.get_ydata()[0] for curve in figure.axes[frame].get_lines()] == values
     assert [axes.get_ylabel() for axes in history.plot_all("epoch").axes] == ["k-NN accuracy", "loss"]
 
 

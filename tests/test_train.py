@@ -313,6 +313,10 @@ def test_a_run_says_what_it_does_and_leaves_everything_behind(uninterrupted):
     } <= names
     history = History.load(run_directory / "history.json")
     assert history.get_iterations() == [1, 11, 21, 31, 36]
+    for name in ("agreement", "feature_std", "rankme", "prototypes_in_use", "kl_to_uniform", "center_norm"):
+        assert all(math.isfinite(value) and value >= 0 for value in history.get_metric(name)), name
+    assert history.get_metric("update_to_weight")[0] == 0  # the rate warms up from 0
+    assert all(0 < ratio < 0.1 for ratio in history.get_metric("update_to_weight")[1:])
     assert [entry for entry in history.get_metric("epoch", "epoch")] == [1, 2, 3]
     assert set(history.metadata["baselines"]) == {"raw_pixels", "untrained"}
     assert yaml.safe_load((run_directory / "config.yaml").read_text())["dataset"]["train"]["images"] == 96
