@@ -19,7 +19,11 @@ _HOME = {
     "make_teacher": "model",
     "update_teacher_EMA": "model",
     "parameter_groups": "optimizer",
+    "write_report": "report",
     "Schedule": "scheduler",
+    "attention_maps": "visualize",
+    "patch_tokens": "visualize",
+    "pca_rgb": "visualize",
 }
 
 __all__ = list(_HOME)

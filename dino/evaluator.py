@@ -3,18 +3,27 @@
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from dino.augmentation import EvalTransform
-from dino.distributed import gathered, my_share
-from dino.features import Features, RawPixels, batches, calibrate, features_of
+from dino.distributed import gathered, my_share, place
+from dino.features import UNREAD, Features, RawPixels, batches, calibrate, features_of
 from dino.neighbours import knn_predictions
 
 log = logging.getLogger(__name__)
+
+
+class Measured(NamedTuple):
+    """Of whole data sets, in their order: `predicted` are the labels that k-NN gives to `queries`."""
+
+    bank: Features
+    queries: Features
+    predicted: Int[Tensor, " images"]
 
 
 class KNN:
@@ -26,6 +35,7 @@ class KNN:
                 raise ValueError(f"{name} must be above 0, got {value}.")
         self.k, self.temperature, self.batch_size = k, temperature, batch_size
         self.transform = EvalTransform(size)
+        self.last: Measured | None = None  # what the last call saw, in the first process, for whoever shows it
 
     def __call__(
         self,
@@ -44,12 +54,14 @@ class KNN:
         if train.classes is None or val.classes is None:
             return {}
         rest = (self.transform, device, autocast, self.batch_size, num_workers, broken)
-        mine, queries = (features_of(backbone, Subset(data, my_share(len(data))), *rest) for data in (train, val))
-        bank = Features(gathered(mine.rows, len(train)), gathered(mine.labels, len(train))).read()
-        predicted = knn_predictions(bank, queries.rows, [self.k], self.temperature)[self.k]
-        right, read = predicted == queries.labels, queries.labels >= 0
-        hits, images = (gathered(which.to(torch.uint8), len(val)).sum().item() for which in (right, read))
-        return {"knn": hits / max(1, images)}
+        mine, share = (features_of(backbone, Subset(data, my_share(len(data))), *rest) for data in (train, val))
+        bank = Features(*(gathered(part, len(train)) for part in mine))
+        predicted = knn_predictions(bank.read(), share.rows, [self.k], self.temperature)[self.k]
+        queries, predicted = Features(*(gathered(part, len(val)) for part in share)), gathered(predicted, len(val))
+        self.last = Measured(bank, queries, predicted) if place().rank == 0 else None
+        read = queries.labels != UNREAD
+        hits = (predicted == queries.labels) & read
+        return {"knn": hits.sum().item() / max(1, read.sum().item())}
 
     def baselines(
         self,

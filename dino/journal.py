@@ -66,7 +66,7 @@ class StopSignal:
 class Journal:
     """Called after every step with what the step knows; keeps the run's history, bar, loggers and checkpoints.
 
-    evaluate: () -> metrics of the teacher now, {} where there is nothing to measure.
+    evaluate: () -> metrics of the teacher now, {} where there is nothing to measure. report: () -> None, after it.
     checkpoint: (iteration, the journal's own state, whether it is the best by k-NN) -> None.
     broken: grows by a sentence for each image, of `images` in all, that could not be read.
     Numbers stay on the device between log steps, so that a GPU is not waited for; every loss is looked at all the same.
@@ -80,6 +80,7 @@ class Journal:
         loggers: Loggers,
         monitor: Monitor,
         evaluate: Callable[[], dict[str, float]],
+        report: Callable[[], None],
         checkpoint: Callable[[int, dict[str, Any], bool], None],
         stop: StopSignal,
         broken: set[str],
@@ -97,7 +98,7 @@ class Journal:
     ) -> None:
         self.directory, self.history, self.loggers, self.monitor = directory, history, loggers, monitor
         self.writes = writes
-        self.evaluate, self.checkpoint, self.stop = evaluate, checkpoint, stop
+        self.evaluate, self.report, self.checkpoint, self.stop = evaluate, report, checkpoint, stop
         self.broken, self.images = broken, images
         self.total_steps, self.steps_per_epoch, self.effective_batch = total_steps, steps_per_epoch, effective_batch
         self.log_every_steps, self.evaluate_every_epochs = log_every_steps, evaluate_every_epochs
@@ -268,3 +269,4 @@ class Journal:
         if plots:
             self.history.plot_all("iteration", self.directory / "plots")
             self.history.plot_all("epoch", self.directory / "plots")
+            self.report()

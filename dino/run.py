@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino.augmentation import DINOTransform
+from dino.augmentation import DINOTransform, EvalTransform
 from dino.batch_norm import synchronise_batch_norm
 from dino.batches import Steps, accumulation_for, steps_in_epoch, steps_of
 from dino.checkpoint import load_teacher, seed_all
@@ -47,6 +47,7 @@ class Run:
     train_set: Any
     val_set: Any
     transform: DINOTransform
+    eval_size: int  # pixels
     rank: int
     world_size: int
     batch_size: int
@@ -102,6 +103,10 @@ class Run:
         }
         for name in SAVED:
             getattr(self, name).load_state_dict((state | sharded)[name])
+
+    @property
+    def eval_transform(self) -> EvalTransform:
+        return EvalTransform(self.eval_size, self.transform.mean, self.transform.std)
 
     def evaluate(self) -> dict[str, float]:
         """The teacher's backbone by the evaluator; {} where there is nothing to measure."""
@@ -203,6 +208,7 @@ def assemble(config: dict[str, Any]) -> Run:
         train_set=datasets["train"],
         val_set=datasets["val"],
         transform=transform,
+        eval_size=config["dataset"]["eval_size"],
         rank=here.rank,
         world_size=here.world_size,
         batch_size=training["batch_size"],

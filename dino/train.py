@@ -130,6 +130,7 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
         loggers=loggers,
         monitor=Monitor(run.student, run.loss, quiet_steps=run.schedule.warmup_steps),
         evaluate=run.evaluate,
+        report=_reporter(run, config, directory, history),
         checkpoint=_checkpointer(run, config, directory, history, loggers, start),
         stop=stop,
         broken=run.broken,
@@ -172,10 +173,10 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     if run.broken:
         log.warning("%d images could not be read and were passed over; see %s", len(run.broken), directory / LIST)
     log.info(
-        "done in %.0f s: teacher in %s, plots in %s",
+        "done in %.0f s: teacher in %s, report in %s",
         time.monotonic() - started,
         directory / "teacher.safetensors",
-        directory / "plots",
+        directory / "report.html",
     )
     return float(journal.metrics["last_knn"])
 
@@ -247,6 +248,37 @@ def _checkpointer(
         save_teacher(directory, run.teacher, config, {"size": size, "mean": mean, "std": std})
 
     return checkpoint
+
+
+def _reporter(run: Any, config: dict[str, Any], directory: Path, history: Any) -> Callable[[], None]:
+    """A function that writes report.html. Where it cannot, it says so, and training goes on."""
+    from dino.config import CONF, compose
+    from dino.evaluator import KNN
+    from dino.report import write_report
+
+    def report() -> None:
+        measured = run.evaluator.last if isinstance(run.evaluator, KNN) else None
+        try:
+            write_report(
+                directory,
+                config=config,
+                defaults=compose([], "train", CONF),
+                history=history,
+                backbone=run.teacher.backbone,
+                train_set=run.train_set,
+                val_set=run.val_set,
+                transform=run.transform,
+                eval_transform=run.eval_transform,
+                **({} if measured is None else measured._asdict()),
+                device=run.device,
+                notes=history.metadata.get("collapse", ()),
+            )
+        except Exception as error:  # foreign data and foreign libraries, and nothing that training needs
+            log.warning("report.html is not written: %s: %s", type(error).__name__, error)
+        if measured is not None:
+            run.evaluator.last = None  # it may hold gigabytes
+
+    return report
 
 
 @contextlib.contextmanager

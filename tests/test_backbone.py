@@ -116,6 +116,21 @@ def test_the_small_resnet_is_the_recipes_network():
     assert shapes == [(32, 32, 32), (32, 32, 32), (64, 16, 16), (128, 8, 8), (256, 4, 4)]
 
 
+@pytest.mark.parametrize("build, last", [("resnet18", "network.layer4"), ("resnet_small", "stages.3")])
+def test_a_resnets_tokens_are_its_features_and_each_place_of_its_last_map(build, last):
+    backbone, maps = BUILD[build]().eval(), []
+    backbone.get_submodule(last).register_forward_hook(lambda module, inputs, output: maps.append(output))
+    images = torch.randn(2, 3, 96, 64)
+    tokens = backbone.tokens(images)
+    (features,) = maps
+    rows, columns = features.shape[-2:]
+    assert (rows, columns) == ((3, 2) if build == "resnet18" else (6, 4))
+    assert torch.allclose(tokens[:, 0], backbone(images), atol=1e-6)
+    for row in range(rows):
+        for column in range(columns):
+            assert torch.equal(tokens[:, 1 + row * columns + column], features[:, :, row, column])
+
+
 # ------------------------------------------------------------------------------------------------ ViT
 
 

@@ -39,6 +39,7 @@ def journal(tmp_path, stop=None, measured=(), **changes):
         "loggers": Loggers([spy]),
         "monitor": Monitor(torch.nn.Linear(2, 2), DinoLoss(4, ncrops=2)),
         "evaluate": lambda: next(results, {}),
+        "report": lambda: None,
         "checkpoint": lambda iteration, metrics, best: saved.append((iteration, dict(metrics), best)),
         "stop": stop or StopSignal(),
         "broken": set(),

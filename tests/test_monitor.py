@@ -268,6 +268,7 @@ def trained(tmp_path, caplog, groups=8, out_dim=32, use_bn=True, temp=0.04, cent
         loggers=Loggers([]),
         monitor=Monitor(student, loss, quiet_steps=schedule.warmup_steps),
         evaluate=dict,
+        report=lambda: None,
         checkpoint=lambda *_: None,
         stop=StopSignal(),
         broken=set(),

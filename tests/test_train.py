@@ -307,6 +307,7 @@ def test_a_run_says_what_it_does_and_leaves_everything_behind(uninterrupted):
         "history.json",
         "train.log",
         "teacher.safetensors",
+        "report.html",
         "plots/iteration.png",
         "plots/epoch.png",
         "checkpoints/best.pt",
@@ -320,6 +321,22 @@ def test_a_run_says_what_it_does_and_leaves_everything_behind(uninterrupted):
     assert [entry for entry in history.get_metric("epoch", "epoch")] == [1, 2, 3]
     assert set(history.metadata["baselines"]) == {"raw_pixels", "untrained"}
     assert yaml.safe_load((run_directory / "config.yaml").read_text())["dataset"]["train"]["images"] == 96
+
+
+def test_the_report_shows_how_the_run_ended_and_what_it_was_told(uninterrupted):
+    page = (uninterrupted[0] / "outputs" / "a" / "report.html").read_text()
+    for words in ("finished", "step 36 of 36", "raw pixels", "augmentation.num_local_views", "head 1", "t-SNE"):
+        assert words in page, words
+
+
+def test_a_report_that_fails_is_said_and_ends_nothing(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("dino.report.write_report", fails)
+    run(compose([*TINY, "training.max_steps=1"], "train", CONF), tmp_path / "run")
+    assert "report.html is not written: OSError: no space left" in (tmp_path / "run" / "train.log").read_text()
+    assert final(tmp_path / "run")["iteration"] == 1
 
 
 def test_the_same_command_again_says_that_the_run_is_finished(uninterrupted):

@@ -3,6 +3,7 @@
 from difflib import get_close_matches
 from urllib.error import URLError
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision import models
@@ -38,6 +39,12 @@ class ResNet(nn.Module):
         features: Tensor = self.network(images)
         return features
 
+    def tokens(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens {self.output_dim}"]:
+        """The features, then the places of the last feature map row by row: what a ViT has in CLS and patches."""
+        net = self.network
+        stem = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+        return mean_and_places(net.layer4(net.layer3(net.layer2(net.layer1(stem)))))
+
 
 class SmallResNet(nn.Module):
     """Four stages of one basic block behind a 3x3 stride-2 stem; for images of 32 to 128 pixels on a CPU.
@@ -65,6 +72,14 @@ class SmallResNet(nn.Module):
         """The last feature map, averaged over the image."""
         features: Tensor = self.stages(self.stem(images)).mean(dim=(-2, -1))
         return features
+
+    def tokens(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens {self.output_dim}"]:
+        """The features, then the places of the last feature map row by row: what a ViT has in CLS and patches."""
+        return mean_and_places(self.stages(self.stem(images)))
+
+
+def mean_and_places(features: Float[Tensor, "batch dim rows columns"]) -> Float[Tensor, "batch tokens dim"]:
+    return torch.cat([features.mean(dim=(-2, -1))[:, None], features.flatten(2).mT], dim=1)
 
 
 def convolution(channels_in: int, channels_out: int, kernel_size: int, stride: int) -> tuple[nn.Module, nn.Module]:

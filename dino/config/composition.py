@@ -39,11 +39,15 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def composed(overrides: list[str], config_name: str, directory: Path) -> tuple[DictConfig, list[str]]:
     """(config with hydra's settings below `hydra`, sentences about the overrides that were left out of it)."""
-    with hydra.initialize_config_dir(str(directory.resolve()), version_base="1.3"):
-        try:
-            return _compose(config_name, overrides), []
-        except FAILURES:
-            return _one_by_one(overrides, config_name)
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a run's own, where one is under way
+    try:
+        with hydra.initialize_config_dir(str(directory.resolve()), version_base="1.3"):
+            try:
+                return _compose(config_name, overrides), []
+            except FAILURES:
+                return _one_by_one(overrides, config_name)
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:

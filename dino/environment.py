@@ -1,0 +1,82 @@
+"""What a run runs on and from: versions, processor, command line, commit, memory."""
+
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, str]:
+    """In words, for people to read; all of this process and machine, now."""
+    on = torch.device(device)
+    found = {
+        "command": command_line(),
+        "commit": commit(),
+        "dino-train": version("dino-train"),
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "processor": f"{processor()}, {torch.get_num_threads()} threads",
+    }
+    if on.type == "cuda":
+        memory = torch.cuda.get_device_properties(on).total_memory
+        found["GPU"] = f"{torch.cuda.get_device_name(on)}, {memory / 2**30:.0f} GiB"
+        found["CUDA"] = str(torch.version.cuda)
+    return found | {"system": platform.platform(), "peak memory": peak_memory(on)}
+
+
+def command_line() -> str:
+    """As one would type it: without the path of the interpreter."""
+    program, *arguments = sys.orig_argv or ["python"]
+    return shlex.join([Path(program).name, *arguments])
+
+
+def commit() -> str:
+    """Of the checkout that this package is run from, and whether files differ from it; "none" where it is installed."""
+    here = Path(__file__).parent
+    try:
+        # An installed package may lie in the checkout of another project, which does not track it.
+        _git(here, "ls-files", "--error-unmatch", "__init__.py")
+        changed = len(_git(here, "status", "--porcelain", "--untracked-files=no").splitlines())
+        return _git(here, "rev-parse", "HEAD").strip() + (f", {changed} files changed since" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "none: not run from a checkout"
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # no Linux
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most that this process has held so far, in GiB."""
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    words = f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB"
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB on the GPU, {words} on the host"
+    return words
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout

@@ -1,0 +1,285 @@
+"""What a backbone sees: attention, patches in colours, nearest neighbours.
+
+`python -m dino.visualize <run, or teacher.safetensors> <image, or folder>` writes, for each image, attention of the CLS
+token (mean and each head of the last layer) over the image, and its patch tokens with their first three principal
+components as red, green and blue. Components are those of all images of the call together, so that colours agree.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from dino.augmentation import EvalTransform
+from dino.checkpoint import load_teacher
+from dino.crops import resize
+from dino.device import choose_device
+from dino.neighbours import nearest
+from dino.pictures import attention_row, fitted, images_in, opened, patch_row, picture_of, read, row_of, unique_names
+from dino.refused import Refused
+
+SIDE = 16  # pixels; images are brought to multiples of it, so that patches of 8 and 16 pixels see all of them
+
+
+@contextlib.contextmanager
+def frozen(backbone: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients; afterwards every module is in the mode that it was in."""
+    was_training = {module: module.training for module in backbone.modules()}
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+
+
+def has_attention(backbone: nn.Module) -> bool:
+    return hasattr(backbone, "attention")
+
+
+def has_tokens(backbone: nn.Module) -> bool:
+    return hasattr(backbone, "tokens")
+
+
+def attention_maps(
+    backbone: nn.Module, images: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch heads rows columns"]:
+    """How the CLS token of the last layer looks at the patches (DINO, Fig. 1 and 3); images normalised, of any size.
+
+    A map sums to 1 less what the token gives itself. Raises ValueError for a backbone without `attention`.
+    """
+    if not has_attention(backbone):
+        raise ValueError(
+            f"attention_maps: {type(backbone).__name__} has no attention; expected a ViT. Look at its tokens."
+        )
+    with frozen(backbone):
+        weights: Tensor = backbone.attention(images)[:, :, 0, 1:].float()  # type: ignore[operator]
+    return weights.reshape(*weights.shape[:2], *grid_of(weights.shape[-1], *images.shape[-2:]))
+
+
+def patch_tokens(
+    backbone: nn.Module, images: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch rows columns dim"]:
+    """Features of each patch after the last layer (a ResNet's: each place of the last map); images normalised.
+
+    Raises ValueError for a backbone without `tokens`.
+    """
+    if not has_tokens(backbone):
+        raise ValueError(f"patch_tokens: {type(backbone).__name__} has no tokens(images); expected a ViT or a ResNet.")
+    with frozen(backbone):
+        tokens: Tensor = backbone.tokens(images)[:, 1:].float()  # type: ignore[operator]
+    return tokens.reshape(len(tokens), *grid_of(tokens.shape[1], *images.shape[-2:]), -1)
+
+
+def grid_of(patches: int, height: int, width: int) -> tuple[int, int]:
+    """(rows, columns) of that many square patches on an image of height x width pixels.
+
+    A patch larger by a pixel never makes more rows or columns, so that one number of patches means one grid; but some
+    backbones drop the rest at the border and others do not.
+    """
+    for round_up in (0, 1):
+        for side in range(1, max(height, width) + 1):
+            rows, columns = ((length + round_up * (side - 1)) // side for length in (height, width))
+            if rows * columns == patches:
+                return rows, columns
+    raise ValueError(f"grid_of: {patches} square patches do not cover an image of {height} x {width} pixels.")
+
+
+def mass_mask(maps: Float[Tensor, "*batch rows columns"], mass: float = 0.6) -> Bool[Tensor, "*batch rows columns"]:
+    """The patches with the most attention that hold `mass` of a map's sum (DINO, Fig. 4: 0.6)."""
+    if not 0 < mass <= 1:
+        raise ValueError(f"mass_mask: mass must be a fraction above 0 and at most 1, got {mass}.")
+    values, order = maps.flatten(-2).sort(dim=-1)  # the smallest first
+    below = values.cumsum(-1) / values.sum(-1, keepdim=True)
+    kept = below > 1 - mass
+    return torch.zeros_like(kept).scatter_(-1, order, kept).view(maps.shape)
+
+
+def pca_rgb(
+    tokens: Float[Tensor, "images rows columns dim"], foreground: Bool[Tensor, "images rows columns"] | None = None
+) -> Float[Tensor, "images rows columns 3"]:
+    """`principal_colours` of all the images together, so that the same colour means the same in each."""
+    chosen = None if foreground is None else foreground.flatten()
+    return principal_colours(tokens.flatten(0, 2), chosen).view(*tokens.shape[:3], 3)
+
+
+def principal_colours(
+    tokens: Float[Tensor, "tokens dim"], foreground: Bool[Tensor, " tokens"] | None = None
+) -> Float[Tensor, "tokens 3"]:
+    """The first three principal components as red, green and blue in [0, 1] (DINOv2, arXiv 2304.07193, Fig. 1).
+
+    Each is stretched over its range, but for 1 % at either end. Of the foreground alone, where that is given, and the
+    rest is black. A component that there is none of is 0.5.
+    """
+    from sklearn.decomposition import PCA
+
+    kept = torch.ones(len(tokens), dtype=torch.bool) if foreground is None else foreground.cpu()
+    colours = torch.zeros(len(tokens), 3)
+    points = tokens.detach().cpu().double().numpy()[kept.numpy()]
+    if len(points):
+        components = min(3, *points.shape)
+        if np.ptp(points, axis=0).max() > 0:
+            values = PCA(components, random_state=0).fit_transform(points)
+        else:
+            values = np.zeros((len(points), components))  # all alike
+        low, high = np.quantile(values, (0.01, 0.99), axis=0)
+        stretched = np.full((len(points), 3), 0.5)
+        varies = np.flatnonzero(high - low > 1e-9 * max(1e-300, np.abs(points).max()))
+        stretched[:, varies] = ((values - low) / np.where(high > low, high - low, 1))[:, varies].clip(0, 1)
+        colours[kept] = torch.from_numpy(stretched).float()
+    return colours.to(tokens.device)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    summary, _, more = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(prog="python -m dino.visualize", description=summary, epilog=more)
+    parser.add_argument("checkpoint", type=Path, help="a run's directory or its teacher.safetensors")
+    parser.add_argument("images", type=Path, help="an image, a folder of images, or of a video's frames")
+    parser.add_argument("--output", type=Path, default=Path("visualized"), help="folder for the pictures (%(default)s)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        help="pixels of the shorter side that the backbone is given; default: as "
+        "the run was evaluated. More pixels make finer maps",
+    )
+    parser.add_argument(
+        "--mass",
+        type=float,
+        help="show only the patches that hold this share of the attention; 0.6 in the paper's Fig. 4",
+    )
+    parser.add_argument(
+        "--foreground", action="store_true", help="components of the patches that hold 0.6 of the attention alone"
+    )
+    parser.add_argument("--neighbours", type=Path, metavar="FOLDER", help="show the most alike of its images")
+    parser.add_argument("--k", type=int, default=8, help="number of neighbours (%(default)s)")
+    parser.add_argument("--video", action="store_true", help="images are frames: numbered pictures and an animation")
+    parser.add_argument("--fps", type=float, default=12.0, help="frames a second of the animation (%(default)s)")
+    parser.add_argument("--animation", choices=("gif", "webp"), default="gif", help="its format (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (%(default)s)")
+    arguments = vars(parser.parse_args())
+    try:
+        print("\n".join(visualize(**arguments)))
+    except (Refused, ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def visualize(
+    checkpoint: Path,
+    images: Path,
+    output: Path = Path("visualized"),
+    *,
+    size: int | None = None,
+    mass: float | None = None,
+    foreground: bool = False,
+    neighbours: Path | None = None,
+    k: int = 8,
+    video: bool = False,
+    fps: float | int = 12.0,
+    animation: str = "gif",
+    device: str = "auto",
+) -> list[str]:
+    """Writes the pictures; returns sentences about what was written and what could not be.
+
+    Raises Refused for images that cannot be read, ValueError and FileNotFoundError for a checkpoint that cannot.
+    """
+    for name, value in (("size", size), ("k", k), ("fps", fps)):
+        if value is not None and value <= 0:
+            raise Refused(f"--{name} must be above 0, got {value}.")
+    model, on = load_teacher(checkpoint), choose_device(device)
+    backbone = model.backbone.to(on)
+    known: dict[str, Any] = model.preprocessing  # type: ignore[assignment]
+    if foreground and not has_attention(backbone):
+        raise Refused(f"--foreground needs attention, and {type(backbone).__name__} has none; leave it out.")
+    as_trained = EvalTransform(known["size"], tuple(known["mean"]), tuple(known["std"]))
+    said: list[str] = []
+    originals = read(images_in(images), said)
+    output.mkdir(parents=True, exist_ok=True)
+    names = [f"{i:04d}" for i in range(1, len(originals) + 1)] if video else unique_names([*originals])
+    maps, tokens = [], []
+    for image in originals.values():
+        batch = as_trained.normalise(prepared(image, size or known["size"])[None].to(on))
+        maps += [attention_maps(backbone, batch)[0].cpu()] if has_attention(backbone) else []
+        tokens += [patch_tokens(backbone, batch)[0].cpu()] if has_tokens(backbone) else []
+
+    # Rows of pictures, made as they are written: those of a whole video would not fit into memory.
+    sheets: dict[str, Iterator[Image.Image]] = {}
+    if maps:
+        heats = (heat if mass is None else heat * mass_mask(heat, mass) for heat in maps)
+        pairs = zip(originals.values(), heats, strict=True)
+        sheets["attention"] = (attention_row(picture_of(image), heat) for image, heat in pairs)
+    else:
+        said.append(f"{type(backbone).__name__} has no attention: no attention maps.")
+    if tokens:
+        masks = torch.cat([mass_mask(heat.mean(0)).flatten() for heat in maps]) if foreground else None
+        colours = principal_colours(torch.cat([grid.flatten(0, 1) for grid in tokens]), masks)
+        parts = torch.split(colours, [grid.shape[0] * grid.shape[1] for grid in tokens])
+        grids = (part.view(*grid.shape[:2], 3) for part, grid in zip(parts, tokens, strict=True))
+        sheets["pca"] = (patch_row(picture_of(i), grid) for i, grid in zip(originals.values(), grids, strict=True))
+    else:
+        said.append(f"{type(backbone).__name__} has no patch tokens: no PCA.")
+    if neighbours is not None:
+        sheets["neighbours"] = neighbour_rows(backbone, originals, read(images_in(neighbours), said), k, as_trained, on)
+    for kind, rows in sheets.items():
+        files = [output / (f"{kind}_{name}.png" if video else f"{name}_{kind}.png") for name in names]
+        for file, row in zip(files, rows, strict=True):
+            row.save(file)
+        if video:
+            frames, file = opened(files), output / f"{kind}.{animation}"
+            next(frames).save(file, save_all=True, append_images=frames, duration=round(1000 / fps), loop=0)
+    if sheets:
+        said.append(f"{', '.join(sheets)} of {len(names)} {'frames' if video else 'images'} in {output}")
+    return said
+
+
+def neighbour_rows(
+    backbone: nn.Module,
+    images: Mapping[Path, Tensor],
+    bank: Mapping[Path, Tensor],
+    k: int,
+    transform: EvalTransform,
+    device: torch.device,
+) -> Iterator[Image.Image]:
+    """Of each image, a row of those in `bank` that are most alike; never the image itself."""
+    of_images, of_bank = (features(backbone, [*some.values()], transform, device) for some in (images, bank))
+    found, others = nearest(of_bank, of_images, k + 1), [*bank]
+    for (path, image), similarities, indices in zip(images.items(), *map(Tensor.tolist, found), strict=True):
+        ranked = [(others[i], s) for i, s in zip(indices, similarities, strict=True) if not others[i].samefile(path)]
+        row = {"image": picture_of(image)}
+        for rank, (other, similarity) in enumerate(ranked[:k], start=1):
+            row[f"{rank}. {similarity:.2f} {other.name[:24]}"] = fitted(picture_of(bank[other]), row["image"].height)
+        yield row_of(row)
+
+
+def prepared(image: UInt8[Tensor, "3 _ _"], size: int) -> UInt8[Tensor, "3 _ _"]:
+    """The whole image, its shorter side about `size` pixels, both sides multiples of SIDE."""
+    scale = size / min(image.shape[1:])
+    return resize(image, [max(1, round(length * scale / SIDE)) * SIDE for length in image.shape[1:]])
+
+
+def features(
+    backbone: nn.Module, images: Sequence[Tensor], transform: EvalTransform, device: torch.device, batch_size: int = 64
+) -> Float[Tensor, "images dim"]:
+    """Of the central square of each image, as the run was evaluated; on the CPU."""
+    parts = []
+    with frozen(backbone):
+        for start in range(0, len(images), batch_size):
+            batch = torch.stack([transform(image) for image in images[start : start + batch_size]])
+            parts.append(backbone(transform.normalise(batch).to(device)).float().cpu())
+    return torch.cat(parts)
+
+
+if __name__ == "__main__":
+    main()
