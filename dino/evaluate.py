@@ -33,6 +33,7 @@ from torch import nn
 from dino.checkpoint import load_checkpoint, load_teacher, untrained_backbone
 from dino.config import CONF, build, compose
 from dino.config.node import Misfit, fitted, is_node, misfits, shown
+from dino.dataset.cache import cached
 from dino.device import choose_device, choose_precision, default_workers, describe
 from dino.features import RawPixels
 from dino.history import History
@@ -187,10 +188,17 @@ def subject_of(config: dict[str, Any]) -> Subject:
 
 
 def measures_of(config: dict[str, Any], subject: Subject) -> Measures:
-    device, workers = choose_device(config["device"]), config["num_workers"]
+    """As in training, down to the size at which images are kept in memory: so k-NN is that of the run's history."""
+    device, workers, dataset = choose_device(config["device"]), config["num_workers"], subject.dataset
+    cache = dataset.get("cache", "none")
+    data = cached(
+        {split: build(dataset[split]) for split in ("train", "val")}, cache, dataset.get("cache_side"), device, 1
+    )
+    if cache == "device":
+        workers = 0  # which have no way to what the GPU holds
     sizes = {"global_size": subject.preprocessing["size"], "num_local_views": 0}
     return Measures(
-        data={split: build(subject.dataset[split]) for split in ("train", "val")},
+        data=data,
         transform=build({"_target_": "dino.augmentation.EvalTransform", **subject.preprocessing}),
         augmentation=build({"_target_": "dino.augmentation.DINOTransform", **subject.augmentation, **sizes}),
         kept_in=subject.output / "features",

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino import probe, unsupervised
-from dino.augmentation import DINOTransform, EvalTransform, collate_multi_crop
+from dino.augmentation import DINOTransform, EvalTransform, collate_multi_crop, image_tensor
 from dino.broken import first_readable
 from dino.device import autocast_for
 from dino.features import Features, RawPixels, batches, calibrate, features_of, kept
@@ -170,11 +170,9 @@ class Measures:
 
 
 def fingerprint_of(data: Any) -> str:
-    """What tells these images from others: their names, where they have any, else the first and the last of them."""
-    if (fingerprint := getattr(data, "fingerprint", None)) is not None:
-        return str(fingerprint)
-    digest = hashlib.sha256()
+    """What tells these images from others: their names, where they have any, and the first and the last of them."""
+    digest = hashlib.sha256(str(getattr(data, "fingerprint", None)).encode())
     for index in (0, len(data) - 1):
-        image, label = data[index]
-        digest.update(np.ascontiguousarray(np.asarray(image)).tobytes() + str(label).encode())
+        (image, label), _ = first_readable(data.__getitem__, index, len(data))
+        digest.update(f"{label} {image_tensor(image).tolist()}".encode())
     return digest.hexdigest()

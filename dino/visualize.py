@@ -1,6 +1,6 @@
 """What a backbone sees: attention, patches in colours, nearest neighbours.
 
-`python -m dino.visualize <run, or a file of its teacher> <image, or folder>` writes, for each image, attention of the CLS
+`python -m dino.visualize <run, or file of its teacher> <image, or folder>` writes, for each image, attention of the CLS
 token (mean and each head of the last layer) over the image, and its patch tokens with their first three principal
 components as red, green and blue. Components are those of all images of the call together, so that colours agree.
 """
@@ -145,7 +145,9 @@ def principal_colours(
 def main() -> None:
     summary, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m dino.visualize", description=summary, epilog=more)
-    parser.add_argument("checkpoint", type=Path, help="a run's directory, its teacher.safetensors or a checkpoint (.pt)")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a run's directory, its teacher.safetensors or a checkpoint (.pt)"
+    )
     parser.add_argument("images", type=Path, help="an image, a folder of images, or of a video's frames")
     parser.add_argument("--output", type=Path, default=Path("visualized"), help="folder for the pictures (%(default)s)")
     parser.add_argument(

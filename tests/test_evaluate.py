@@ -53,7 +53,7 @@ def home(tmp_path_factory):
     """Where `outputs/a` is a run of six steps with two checkpoints, and its loggers' files."""
     home = tmp_path_factory.mktemp("home")
     settings = ["training.max_steps=6", "training.batch_size=10", "device=cpu", "name=a", "logger=[csv,tensorboard]"]
-    done = program("dino.train", *SMALL, *settings, "evaluator=none", cwd=home)
+    done = program("dino.train", *SMALL, *settings, "evaluator.k=3", cwd=home)
     assert done.returncode == 0, done.stderr
     return home
 
@@ -81,6 +81,8 @@ def test_a_run_is_measured_beside_what_has_learned_nothing(home, monkeypatch, ca
     assert entry["measured"] == results
     history = History.load(run / "history.json")
     assert history.metadata["evaluations"] == [entry] and history.get_iterations()[-1] == 6
+    assert results["backbone"]["knn_3"] == history.get_metric("knn", "epoch")[-1]
+    assert results["raw_pixels"]["knn_3"] == history.metadata["baselines"]["raw_pixels"]
     assert "evaluation/linear" in (run / "metrics.csv").read_text().splitlines()[0]
     again = program(
         "dino.train",
@@ -89,7 +91,7 @@ def test_a_run_is_measured_beside_what_has_learned_nothing(home, monkeypatch, ca
         "training.batch_size=10",
         "device=cpu",
         "name=a",
-        "evaluator=none",
+        "evaluator.k=3",
         cwd=home,
     )
     assert again.returncode == 0 and "is finished" in again.stderr

@@ -71,6 +71,15 @@ def test_two_gaussians_are_told_apart_within_sampling_error_of_bayes():
     assert linear_probe(train, val, 2, epochs=20)["linear"] == pytest.approx(BAYES, abs=error)
 
 
+def test_a_common_offset_far_larger_than_the_differences_costs_nothing():
+    train, val = blobs(600, 1, spread=2.0), blobs(400, 2, spread=2.0)
+    offset = 300 * torch.ones(train[0].shape[1])
+    moved = ((train[0] + offset, train[1]), (val[0] + offset, val[1]))
+    here, there = (linear_probe(*of, 3, epochs=20)["linear"] for of in ((train, val), moved))
+    assert here > 0.6
+    assert there == pytest.approx(here, abs=0.01)
+
+
 def test_the_rate_is_chosen_without_val_and_the_best_on_val_is_said_beside_it():
     train = blobs(300, 1, spread=2.0)
     found = linear_probe(train, blobs(100, 2, spread=2.0), 3, lrs=(1e-6, 0.01, 1.0), epochs=10)
