@@ -32,7 +32,9 @@ from torch import nn
 
 from dino.checkpoint import load_checkpoint, load_teacher, untrained_backbone
 from dino.config import CONF, build, compose
-from dino.config.node import Misfit, fitted, is_node, misfits, shown
+from dino.config.check import OWN, Rule
+from dino.config.machine import check_machine
+from dino.config.node import Problems, is_node, misfits
 from dino.dataset.cache import cached
 from dino.device import choose_device, choose_precision, default_workers, describe
 from dino.features import RawPixels
@@ -46,26 +48,26 @@ from dino.unsupervised import preferred
 log = logging.getLogger("dino.evaluate")
 RESULTS = "evaluation.json"
 PLAIN = ("rankme", "alpha")  # figures that are no shares
-KEYS: dict[str, Any] = {
-    "run": str | None,
-    "checkpoint": str | None,
-    "measures": list[Literal["knn", "linear", "logistic", "few_shot", "finetune", "unsupervised"]],
-    "baselines": bool,
-    "size": int | None,
-    "output": str | None,
-    "seed": int,
-    "device": str,
-    "precision": Literal["auto", "fp32", "bf16"],
-    "batch_size": int,
-    "num_workers": int | Literal["auto"],
-    "ks": list[int],
-    "temperature": float,
-    "layers": int,
-    "few_shot": list[float],
-    "probe_epochs": int,
-    "finetune_epochs": int,
+ABOVE_ZERO = Rule(int, "a whole number above 0", lambda v: v > 0)
+KEYS: dict[str, Rule] = {
+    "run": OWN["init_from"],
+    "checkpoint": OWN["init_from"],
+    "measures": Rule(list[Literal["knn", "linear", "logistic", "few_shot", "finetune", "unsupervised"]]),
+    "baselines": Rule(bool),
+    "size": Rule(int | None, "a whole number above 0, or null", lambda v: v is None or v > 0),
+    "output": OWN["init_from"],
+    "seed": OWN["seed"],
+    "device": OWN["device"],
+    "precision": Rule(Literal["auto", "fp32", "bf16"]),
+    "batch_size": ABOVE_ZERO,
+    "num_workers": OWN["training.num_workers"],
+    "ks": Rule(list[int], "whole numbers above 0, one or more", lambda v: v and min(v) > 0),
+    "temperature": OWN["teacher.temp"],
+    "layers": ABOVE_ZERO,
+    "few_shot": Rule(list[float], "shares of the labels, in (0, 1]", lambda v: all(0 < share <= 1 for share in v)),
+    "probe_epochs": ABOVE_ZERO,
+    "finetune_epochs": ABOVE_ZERO,
 }
-POSITIVE = ("size", "batch_size", "ks", "temperature", "layers", "few_shot", "probe_epochs", "finetune_epochs")
 
 
 @dataclass
@@ -129,17 +131,12 @@ def evaluate(config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def problems_of(config: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for each key that cannot be used, the key first."""
-    for key, hint in KEYS.items():
-        try:
-            value = fitted(config[key], hint)
-        except Misfit as misfit:
-            yield f"{key}={shown(config[key])}: expected {misfit}."
-            continue
-        numbers = value if isinstance(value, list) else [value]
-        if key in POSITIVE and not all(number is None or number > 0 for number in numbers):
-            yield f"{key}={shown(value)}: expected {'numbers' if isinstance(value, list) else 'a number'} above 0."
-    if not isinstance(config["few_shot"], list) or any(isinstance(s, float) and s > 1 for s in config["few_shot"]):
-        yield f"few_shot={shown(config['few_shot'])}: expected shares of the labels, at most 1."
+    problems = Problems()
+    for key, rule in KEYS.items():
+        if wrong := rule.against(key, config[key]):
+            problems.add(key, wrong)
+    check_machine(config, problems, parameters=0)
+    yield from problems.values()
     given = [key for key in ("run", "checkpoint", "backbone") if config[key] is not None]
     if len(given) != 1:
         got = " and ".join(given) or "none"
@@ -224,7 +221,7 @@ def measures_of(config: dict[str, Any], subject: Subject) -> Measures:
 def of_checkpoints(measures: Measures, subject: Subject) -> dict[str, dict[str, float]]:
     """The figures that need no labels, of every checkpoint of the run, the oldest first."""
     paths = sorted((subject.run / "checkpoints").glob("*.pt")) if subject.run is not None else []
-    iterations = {path: torch.load(path, map_location="cpu", weights_only=True)["iteration"] for path in paths}
+    iterations = {path: torch.load(path, "cpu", weights_only=True, mmap=True)["iteration"] for path in paths}
     each = sorted({at: path for path, at in iterations.items()}.items())  # the best is one of the others
     return {f"step {at}": measures.of(f"step {at}", load_teacher(path).backbone, ["unsupervised"]) for at, path in each}
 
@@ -232,7 +229,12 @@ def of_checkpoints(measures: Measures, subject: Subject) -> dict[str, dict[str, 
 def record(results: dict[str, dict[str, float]], subject: Subject) -> None:
     """evaluation.json, with what earlier commands measured of the same; of a run its history and loggers as well."""
     path = subject.output / RESULTS
-    entries = json.loads(path.read_text()) if path.is_file() else []
+    try:
+        entries = json.loads(path.read_text()) if path.is_file() else []
+    except ValueError:
+        aside = path.replace(path.with_suffix(".unreadable"))
+        log.warning("%s cannot be read and is now %s", path, aside)
+        entries = []
     of = {"subject": subject.name, "size": subject.preprocessing["size"], "dataset": subject.dataset["val"]}
     before: dict[str, Any] = next((entry for entry in entries if entry["of"] == of), {"measured": {}})
     finite = {n: {k: v if math.isfinite(v) else None for k, v in row.items()} for n, row in results.items()}  # JSON's

@@ -80,7 +80,9 @@ class KNN:
         rest = (train, val, device, autocast, num_workers, broken)
         images = (views for views, *_ in batches(train, self.transform, self.batch_size, num_workers, shuffle=True))
         calibrated = calibrate(backbone, (self.transform.normalise(batch.to(device)) for batch in images), autocast)
-        return {"raw_pixels": self(RawPixels(), *rest)["knn"], "untrained": self(calibrated, *rest)["knn"]}
+        found = {"raw_pixels": self(RawPixels(), *rest)["knn"], "untrained": self(calibrated, *rest)["knn"]}
+        self.last = None
+        return found
 
 
 class NoEvaluator:

@@ -19,6 +19,14 @@ class Rule(NamedTuple):
     expected: str = ""
     holds: Callable[[Any], bool] = lambda value: True
 
+    def against(self, key: str, value: Any) -> str | None:
+        """A sentence where `key` cannot have that value."""
+        try:
+            holds = value != "???" and self.holds(fitted(value, self.hint))
+        except Misfit as misfit:
+            return f"{key}={shown(value)}: expected {self.expected or misfit}."
+        return None if holds else f"{key}={shown(value)}: expected {self.expected or 'a value'}."
+
 
 def _from(least: float | int, unless_null: bool = False, hint: Any = int) -> Rule:
     words = f"{'a whole number' if hint is int else 'a finite number'}, {least} or more"
@@ -177,14 +185,8 @@ def _check_own_keys(config: Mapping[str, Any], problems: Problems) -> None:
         if name not in (value_at(config, section) if section else config):
             problems.add(key, f"{key}: missing; add it to the YAML")
             continue
-        value = value_at(config, key)
-        try:
-            holds = value != "???" and rule.holds(fitted(value, rule.hint))
-        except Misfit as misfit:
-            problems.add(key, f"{key}={shown(value)}: expected {rule.expected or misfit}")
-        else:
-            if not holds:
-                problems.add(key, f"{key}={shown(value)}: expected {rule.expected or 'a value'}")
+        if wrong := rule.against(key, value_at(config, key)):
+            problems.add(key, wrong)
 
 
 def _check_between_parts(config: Mapping[str, Any], problems: Problems) -> None:
