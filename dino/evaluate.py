@@ -202,19 +202,14 @@ def measures_of(config: dict[str, Any], subject: Subject) -> Measures:
         device=device,
         precision=choose_precision(config["precision"], device),
         num_workers=default_workers(device) if workers == "auto" else workers,
-        **{
-            key: config[key]
-            for key in (
-                "batch_size",
-                "seed",
-                "ks",
-                "temperature",
-                "layers",
-                "few_shot",
-                "probe_epochs",
-                "finetune_epochs",
-            )
-        },
+        batch_size=config["batch_size"],
+        seed=config["seed"],
+        ks=config["ks"],
+        temperature=config["temperature"],
+        layers=config["layers"],
+        few_shot=config["few_shot"],
+        probe_epochs=config["probe_epochs"],
+        finetune_epochs=config["finetune_epochs"],
     )
 
 

@@ -1,11 +1,12 @@
 """Frozen features: what a network makes of a whole data set, and the two networks that have learned nothing."""
 
+import contextlib
 import copy
 import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,9 +36,22 @@ class Features(NamedTuple):
         return Features(self.rows[self.labels != UNREAD], self.labels[self.labels != UNREAD])
 
 
+@contextlib.contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients; afterwards every module is in the mode that it was in."""
+    was_training = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+
+
 @torch.inference_mode()
 def features_of(
-    network: Callable[[Tensor], Tensor],
+    network: nn.Module,
     data: Any,
     transform: EvalTransform,
     device: torch.device | str = "cpu",
@@ -54,11 +68,7 @@ def features_of(
     """
     broken = set() if broken is None else broken
     rows, labels = [], []
-    modules = list(network.modules()) if isinstance(network, nn.Module) else []
-    was_training = {module: module.training for module in modules}
-    for module in modules:
-        module.training = False
-    try:
+    with frozen(network):
         for images, targets, sentences in tqdm(
             batches(data, transform, batch_size, num_workers), desc=bar, unit="batch", disable=bar is None
         ):
@@ -67,9 +77,6 @@ def features_of(
             rows.append(out.float())
             labels.append(targets.to(device))
             note(sentences, broken)
-    finally:
-        for module, training in was_training.items():
-            module.training = training
     return Features(torch.cat(rows), torch.cat(labels))
 
 
@@ -82,7 +89,7 @@ def batches(
         batch_size=batch_size,
         shuffle=shuffle,
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         generator=torch.Generator().manual_seed(0),  # the caller's own generator stays where it is
     )
 
@@ -159,6 +166,7 @@ class _Prepared(Dataset[tuple[Tensor, int, list[str]]]):
         return self.transform(image), UNREAD if broken else label, broken
 
 
-def _collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+def collate(samples: Sequence[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    """(images stacked, labels, what could not be read) of samples that are such each."""
     images, labels, broken = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(labels), [sentence for sentences in broken for sentence in sentences]

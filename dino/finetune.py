@@ -1,7 +1,7 @@
 """Fine-tuning: the whole backbone and a linear classifier, trained with labels (DINO, Sec. 3.2 and Table 6)."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,10 +16,9 @@ from dino.augmentation import EvalTransform, image_tensor
 from dino.batches import StepSampler
 from dino.broken import first_readable, note
 from dino.crops import crop_box, cut
-from dino.features import features_of
+from dino.features import collate, features_of
 from dino.scheduler import cosine_warmup
-
-GEOMETRY = 2  # the stream of random numbers, as in dino/views.py
+from dino.views import GEOMETRY
 
 
 def finetune(
@@ -104,8 +103,3 @@ class LabelledCrops(Dataset[tuple[Tensor, int, list[str]]]):
         rng = np.random.default_rng([self.seed, GEOMETRY, *key])
         box = np.array([(*crop_box(image.shape[1], image.shape[2], self.scale, rng), rng.random() < 0.5)])
         return cut(image, box, [self.size])[0], label, broken
-
-
-def collate(samples: Sequence[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
-    views, labels, broken = zip(*samples, strict=True)
-    return torch.stack(views), torch.tensor(labels), [sentence for sentences in broken for sentence in sentences]

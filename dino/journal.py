@@ -111,7 +111,7 @@ class Journal:
             "training_seconds": 0.0,
         }
         self.metrics = metrics or nothing_yet
-        if "monitor" in self.metrics:  # runs of before there was one have none
+        if "monitor" in self.metrics:  # from the first checkpoint on
             monitor.load_state_dict(self.metrics["monitor"])
         if self._logs(start):
             monitor.remember_weights()

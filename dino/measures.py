@@ -15,7 +15,7 @@ from dino import probe, unsupervised
 from dino.augmentation import DINOTransform, EvalTransform, collate_multi_crop, image_tensor
 from dino.broken import first_readable
 from dino.device import autocast_for
-from dino.features import Features, RawPixels, batches, calibrate, features_of, kept
+from dino.features import Features, RawPixels, batches, calibrate, features_of, frozen, kept
 from dino.finetune import finetune
 from dino.neighbours import knn_accuracies
 from dino.refused import Refused
@@ -149,13 +149,11 @@ class Measures:
         images = (self.transform.normalise(batch.to(self.device)) for batch, *_ in shuffled)
         return calibrate(backbone.to(self.device), images, autocast_for(self.device, self.precision))
 
-    @torch.inference_mode()
     def two_views(self, backbone: nn.Module) -> tuple[Float[Tensor, "images dim"], Float[Tensor, "images dim"]]:
         """Features of two global views, as in training, of up to MOST_PAIRS val images."""
         data = self.data["val"]
         some = range(0, len(data), -(-len(data) // MOST_PAIRS))
         features: list[list[Tensor]] = [[], []]
-        backbone.eval()
         for start in range(0, len(some), self.batch_size):
             crops = []
             for index in some[start : start + self.batch_size]:
@@ -164,7 +162,7 @@ class Measures:
             views = [view.to(self.device) for view in collate_multi_crop(crops)[0]]
             augmented = self.augmentation.augment(views, [self.seed], start)
             for of_view, view in zip(features, augmented[: self.augmentation.n_global_crops], strict=True):
-                with autocast_for(self.device, self.precision)():
+                with frozen(backbone), autocast_for(self.device, self.precision)():
                     of_view.append(backbone(view).float().cpu())
         return torch.cat(features[0]), torch.cat(features[1])
 
@@ -174,5 +172,5 @@ def fingerprint_of(data: Any) -> str:
     digest = hashlib.sha256(str(getattr(data, "fingerprint", None)).encode())
     for index in (0, len(data) - 1):
         (image, label), _ = first_readable(data.__getitem__, index, len(data))
-        digest.update(f"{label} {image_tensor(image).tolist()}".encode())
+        digest.update(f"{label} ".encode() + image_tensor(image).cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -244,8 +244,10 @@ def _checkpointer(
         path = save_checkpoint(directory, content, config["checkpoint"]["keep"], best)
         if iteration == start + 1:
             check_read_back(path, content)  # an odd disk shows now, not after ten hours
-        size, mean, std = config["dataset"]["eval_size"], run.transform.mean, run.transform.std
-        save_teacher(directory, run.teacher, config, {"size": size, "mean": mean, "std": std})
+        prepared = run.eval_transform
+        save_teacher(
+            directory, run.teacher, config, {"size": prepared.size, "mean": prepared.mean, "std": prepared.std}
+        )
 
     return checkpoint
 

@@ -6,9 +6,8 @@ components as red, green and blue. Components are those of all images of the cal
 """
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +21,12 @@ from dino.augmentation import EvalTransform
 from dino.checkpoint import load_teacher
 from dino.crops import resize
 from dino.device import choose_device
+from dino.features import features_of, frozen
 from dino.neighbours import nearest
 from dino.pictures import attention_row, fitted, images_in, opened, patch_row, picture_of, read, row_of, unique_names
 from dino.refused import Refused
 
 SIDE = 16  # pixels; images are brought to multiples of it, so that patches of 8 and 16 pixels see all of them
-
-
-@contextlib.contextmanager
-def frozen(backbone: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; afterwards every module is in the mode that it was in."""
-    was_training = {module: module.training for module in backbone.modules()}
-    backbone.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in was_training.items():
-            module.training = training
 
 
 def has_attention(backbone: nn.Module) -> bool:
@@ -255,7 +242,10 @@ def neighbour_rows(
     device: torch.device,
 ) -> Iterator[Image.Image]:
     """Of each image, a row of those in `bank` that are most alike; never the image itself."""
-    of_images, of_bank = (features(backbone, [*some.values()], transform, device) for some in (images, bank))
+    of_images, of_bank = (
+        features_of(backbone, [(image, -1) for image in some.values()], transform, device, batch_size=64).rows.cpu()
+        for some in (images, bank)
+    )
     found, others = nearest(of_bank, of_images, k + 1), [*bank]
     for (path, image), similarities, indices in zip(images.items(), *map(Tensor.tolist, found), strict=True):
         ranked = [(others[i], s) for i, s in zip(indices, similarities, strict=True) if not others[i].samefile(path)]
@@ -269,18 +259,6 @@ def prepared(image: UInt8[Tensor, "3 _ _"], size: int) -> UInt8[Tensor, "3 _ _"]
     """The whole image, its shorter side about `size` pixels, both sides multiples of SIDE."""
     scale = size / min(image.shape[1:])
     return resize(image, [max(1, round(length * scale / SIDE)) * SIDE for length in image.shape[1:]])
-
-
-def features(
-    backbone: nn.Module, images: Sequence[Tensor], transform: EvalTransform, device: torch.device, batch_size: int = 64
-) -> Float[Tensor, "images dim"]:
-    """Of the central square of each image, as the run was evaluated; on the CPU."""
-    parts = []
-    with frozen(backbone):
-        for start in range(0, len(images), batch_size):
-            batch = torch.stack([transform(image) for image in images[start : start + batch_size]])
-            parts.append(backbone(transform.normalise(batch).to(device)).float().cpu())
-    return torch.cat(parts)
 
 
 if __name__ == "__main__":
