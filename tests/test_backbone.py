@@ -10,8 +10,9 @@ from torchvision.models import resnet18
 
 from dino.backbone.resnet import ResNet, SmallResNet
 from dino.backbone.timm import Timm
-from dino.backbone.vit import ViT
-from dino.backbone.vit_tiny import Block, ViTTiny
+from dino.backbone.transformer import FUSED_FROM, Block, weights
+from dino.backbone.vit import ViT, renamed
+from dino.backbone.vit_tiny import ViTTiny
 
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is an extra")
 
@@ -165,9 +166,10 @@ def test_a_pretrained_vit_equals_transformers_called_directly(checkpoint, size):
 def test_without_pretrained_the_vit_is_transformers_of_the_same_config(checkpoint):
     _, theirs = checkpoint
     ours = ViT(**SMALL_VIT).eval()
-    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items() if not name.startswith("pooler")}
-    assert {name: tensor.shape for name, tensor in ours.network.state_dict().items()} == shapes
-    assert ours.network.embeddings.position_embeddings.std().item() == pytest.approx(0.02, rel=0.1)
+    shapes = {name: tensor.shape for name, tensor in renamed(theirs.state_dict()).items()}
+    assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == shapes
+    for drawn in (ours.positions, ours.patches.weight, ours.blocks[0].qkv.weight, ours.blocks[0].mlp[2].weight):
+        assert drawn.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_a_pretrained_vit_of_another_architecture_is_refused(checkpoint):
@@ -193,6 +195,16 @@ def test_pretrained_true_asks_for_the_authors_weights(monkeypatch, hidden_dim, h
     monkeypatch.setattr(ViTConfig, "from_pretrained", not_cached)
     with pytest.raises(FileNotFoundError, match=rf"weights at facebook/dino-{name}: .*pretrained=false"):
         ViT(hidden_dim, 12, heads, patch_size, pretrained=True)
+
+
+def test_a_pretrained_vit_with_another_activation_is_refused(tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=192, patch_size=8)
+    config.hidden_act = "relu"
+    ViTModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has an MLP of 192, relu and qkv_bias=True; expected 192, gelu and true"):
+        ViT(**SMALL_VIT, pretrained=str(tmp_path))
 
 
 def test_a_missing_folder_of_weights_is_a_sentence(tmp_path):
@@ -264,15 +276,17 @@ def test_vit_tiny_equals_the_transformer_written_out(size):
         assert torch.allclose(model.attention(images), attention, atol=1e-5)
 
 
-def test_the_attention_of_a_block_is_torchs_fused_attention():
-    """The CPU path is written out; on other devices the fused kernel is used. Both are one function."""
-    block = scaled_up(Block(32, heads=4, drop_path=0.0), 8.0)
-    hidden = torch.randn(2, 9, 32)
+@pytest.mark.parametrize("tokens", [9, FUSED_FROM])
+def test_attention_written_out_and_fused_are_one_function(tokens):
+    """On a CPU the number of tokens chooses between the two; elsewhere it is the fused kernel."""
+    block = scaled_up(Block(32, heads=4), 8.0)
+    hidden = torch.randn(2, tokens, 32)
     query, key, value = block._qkv(hidden)
-    mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-    expected = hidden + block.projection(mixed)
-    expected = expected + block.mlp(block.norm2(expected))
-    assert torch.allclose(block(hidden), expected, atol=1e-4)
+    for mixed in (F.scaled_dot_product_attention(query, key, value), weights(query, key) @ value):
+        expected = hidden + block.projection(mixed.transpose(1, 2).flatten(2))
+        expected = expected + block.mlp(block.norm2(expected))
+        assert torch.allclose(block(hidden), expected, atol=1e-4)
+        assert torch.allclose(block(hidden, cls_only=True), expected[:, :1], atol=1e-4)
 
 
 @pytest.mark.parametrize("patch_size, widths", [(4, [16, 32]), (8, [8, 16, 32]), (16, [4, 8, 16, 32])])
@@ -320,13 +334,6 @@ def test_vit_tiny_refuses_what_cannot_be(change, sentence):
 # ------------------------------------------------------------------------------------------------ both ViTs
 
 
-def branches(backbone):
-    """(drop-path module, residual branch's last Linear) twice a layer, for either ViT."""
-    if isinstance(backbone, ViTTiny):
-        return [(b.drop_path, b.projection, b.mlp[2]) for b in backbone.blocks]
-    return [(layer.dropout, layer.attention.o_proj, layer.mlp.fc2) for layer in backbone.network.layers]
-
-
 VITS = [
     pytest.param(lambda **more: ViT(**SMALL_VIT, **more), id="vit"),
     pytest.param(lambda **more: ViTTiny(hidden_dim=48, depth=3, heads=3, image_size=32, **more), id="vit_tiny"),
@@ -334,53 +341,60 @@ VITS = [
 
 
 @pytest.mark.parametrize("build", VITS)
-def test_drop_path_rises_linearly_and_drops_whole_samples_of_both_branches(build):
-    backbone = build(drop_path=0.5)
-    assert [round(drop.p, 6) for drop, _, _ in branches(backbone)] == [0.0, 0.25, 0.5]
+def test_drop_path_rises_linearly_over_the_blocks(build):
+    assert [round(block.drop_path, 6) for block in build(drop_path=0.5).blocks] == [0.0, 0.25, 0.5]
 
-    # Only the last layer's attention branch adds anything, a constant 1: a sample has 0 or 1 / (1 - 0.5) of it.
-    for _, attention, mlp in branches(backbone):
-        for linear in (attention, mlp):
-            torch.nn.init.zeros_(linear.weight)
-            torch.nn.init.zeros_(linear.bias)
-    last = branches(backbone)[-1]
-    layers = backbone._blocks if isinstance(backbone, ViTTiny) else backbone._layers
 
-    def blocks(images, depth):
-        return layers(images, depth)[-1]
+@pytest.mark.parametrize("cls_only", [False, True])
+def test_drop_path_leaves_a_share_of_the_samples_alone_and_scales_what_the_others_get(cls_only):
+    block, seen = Block(8, heads=2, drop_path=0.26), []
+    for branch in (block.projection, block.mlp[2]):  # each adds a constant 1
+        torch.nn.init.zeros_(branch.weight)
+        torch.nn.init.ones_(branch.bias)
+        branch.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    hidden, skipped = torch.randn(10, 5, 8), torch.zeros(10)
+    stream = hidden[:, :1] if cls_only else hidden
+    for _ in range(400):
+        added = block(hidden, cls_only) - stream
+        times = added[:, 0, 0] / (10 / 7)
+        assert torch.allclose(added, (10 / 7) * times.round()[:, None, None].expand_as(added), atol=1e-4)
+        assert times.sum().item() == pytest.approx(14, abs=1e-3)  # 7 of the 10 for each of the two branches
+        skipped += 2 - times
+    assert set(seen) == {7}  # work that is skipped, not multiplied by zero
+    assert (skipped / 800).tolist() == pytest.approx([0.3] * 10, abs=0.065)  # 4 standard deviations of 800 draws
+    block.eval()
+    assert torch.allclose(block(hidden, cls_only), stream + 2, atol=1e-5)
 
-    images = torch.randn(1, 3, 32, 32).expand(200, 3, 32, 32)
-    with torch.no_grad():
-        for linear in last[1:]:
-            start = blocks(images, 3)
-            torch.nn.init.ones_(linear.bias)
-            added = blocks(images, 3) - start
-            torch.nn.init.zeros_(linear.bias)
-            per_sample = added[:, 0, 0].round(decimals=4)
-            assert torch.allclose(added, per_sample[:, None, None].expand_as(added), atol=1e-4)
-            assert set(per_sample.tolist()) == {0.0, 2.0}
-            assert per_sample.mean().item() == pytest.approx(1.0, abs=0.3)  # 4 standard deviations of 200 draws
-        backbone.eval()
-        start = blocks(images[:2], 3)
-        torch.nn.init.ones_(last[1].bias)
-        assert torch.allclose(blocks(images[:2], 3) - start, torch.ones(2, 17, 48), atol=1e-4)
+
+@pytest.mark.parametrize("drop_path, batch, rest", [(0.9, 1, 1), (0.9, 4, 1), (0.02, 16, 16), (0.1, 16, 14)])
+def test_at_least_one_sample_takes_a_branch_and_a_share_below_half_a_sample_is_none(drop_path, batch, rest):
+    block, seen = Block(8, heads=2, drop_path=drop_path), []
+    block.mlp.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    block(torch.randn(batch, 3, 8))
+    assert seen == [rest]
+
+
+@pytest.mark.parametrize("build", VITS)
+def test_the_features_are_the_cls_token_and_their_gradient_is_its(build):
+    backbone, images = scaled_up(build(), 8.0), torch.randn(2, 3, 32, 32)
+    features, cls = backbone(images), backbone.tokens(images)[:, 0]
+    assert torch.allclose(features, cls, atol=1e-4)
+    names, parameters = zip(*backbone.named_parameters())
+    both = [torch.autograd.grad(output.pow(3).sum(), parameters) for output in (features, cls)]
+    for name, of_features, of_cls in zip(names, *both, strict=True):
+        assert torch.allclose(of_features, of_cls, rtol=1e-3, atol=1e-3 * of_cls.abs().max().item()), name
 
 
 @pytest.mark.parametrize("build", VITS)
 def test_the_last_tokens_are_what_each_of_the_last_layers_gives_normalised(build):
     backbone, images, given = build().eval(), torch.randn(2, 3, 32, 32), []
-    layers, norm = (
-        (backbone.blocks, backbone.norm)
-        if isinstance(backbone, ViTTiny)
-        else (backbone.network.layers, backbone.network.layernorm)
-    )
-    for layer in layers:
-        layer.register_forward_hook(lambda module, inputs, output: given.append(output))
+    for block in backbone.blocks:
+        block.register_forward_hook(lambda module, inputs, output: given.append(output))
     with torch.no_grad():
         last = backbone.last_tokens(images, 2)
         assert len(last) == 2 and len(given) == 3
         for ours, output in zip(last, given[1:]):
-            assert torch.equal(ours, norm(output))
+            assert torch.equal(ours, backbone.norm(output))
         assert torch.equal(last[-1], backbone.tokens(images))
 
 
@@ -390,7 +404,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_runs_the_layers_twice(bu
     frugal.load_state_dict(plain.state_dict())
     images = torch.randn(2, 3, 32, 32)
     calls = []
-    branches(frugal)[1][1].register_forward_hook(lambda *args: calls.append(1))
+    frugal.blocks[1].norm2.register_forward_hook(lambda *args: calls.append(1))
     for backbone in (plain, frugal):
         backbone(images).pow(3).sum().backward()
     assert len(calls) == 2

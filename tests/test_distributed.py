@@ -527,7 +527,7 @@ def test_sharded_students_resume_and_their_checkpoints_hold_whole_tensors(tmp_pa
     run = tmp_path / "outputs" / "a"
     before = final(run)
     assert not [name for name, value in before["student"].items() if type(value) is not torch.Tensor]
-    assert math.prod(before["student"]["backbone.network.layers.0.mlp.fc1.weight"].shape) == 32 * 128
+    assert math.prod(before["student"]["backbone.blocks.0.mlp.0.weight"].shape) == 32 * 128
     for path in (run / "checkpoints").glob("step_*.pt"):
         if int(path.stem[5:]) > 5:
             path.unlink()

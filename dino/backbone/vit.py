@@ -1,12 +1,13 @@
-"""The paper's vision transformers (ViT-S and ViT-B), through transformers."""
+"""The paper's vision transformers (ViT-S and ViT-B); transformers has their published weights."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from torchvision.ops import StochasticDepth
+
+from dino.backbone.transformer import Transformer
 
 if TYPE_CHECKING:
     from transformers import ViTModel
@@ -20,16 +21,15 @@ PUBLISHED = {
 }
 
 
-class ViT(nn.Module):
+class ViT(Transformer):
     """A ViT whose features are the CLS token after the final norm (arXiv 2104.14294, Sec. 3.2).
 
     image_size: pixels; the side for which a position is learned for each patch. Any other size is interpolated.
     patch_size: pixels. Where it does not divide the image, the right and lower rest are not seen.
-    drop_path: probability of dropping a residual branch in the last layer, rising linearly from 0 in the first.
     pretrained: true for the authors' published weights of this architecture (downloaded once by transformers), or the
         name of another ViT on the Hugging Face hub, or a local folder that save_pretrained wrote. Its image size wins
         over image_size. False builds the same architecture with random weights, with no network.
-    gradient_checkpointing: keep only the layers' inputs and compute them again in the backward pass.
+    drop_path, gradient_checkpointing: see Transformer.
 
     Raises ValueError for an architecture that cannot be or that differs from the pretrained one,
     FileNotFoundError when the pretrained weights are not to be had.
@@ -46,83 +46,64 @@ class ViT(nn.Module):
         pretrained: bool | str = False,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        if depth < 1 or heads < 1 or hidden_dim < 1 or hidden_dim % heads:
-            raise ValueError(
-                "ViT: depth and heads must be at least 1 and hidden_dim a positive multiple of heads, "
-                f"got depth={depth}, heads={heads}, hidden_dim={hidden_dim}."
-            )
+        super().__init__(hidden_dim, depth, heads, drop_path, gradient_checkpointing, eps=1e-6)
         if patch_size < 1 or image_size < patch_size:
             raise ValueError(
                 "ViT: patch_size must be at least 1 and image_size at least patch_size, "
                 f"got patch_size={patch_size}, image_size={image_size}."
             )
-        if not 0.0 <= drop_path < 1.0:
-            raise ValueError(f"ViT: drop_path must be in [0, 1), got {drop_path}.")
-        # Here, not above: transformers takes seconds to import, and only a ViT should pay for them.
-        from transformers import ViTConfig, ViTModel
-
-        self.network: Any  # a ViTModel, whose layers' attributes are Any as well
-        if pretrained:
-            self.network = pretrained_network(pretrained, (hidden_dim, depth, heads, patch_size))
-        else:
-            config = ViTConfig(
-                hidden_size=hidden_dim,
-                num_hidden_layers=depth,
-                num_attention_heads=heads,
-                intermediate_size=4 * hidden_dim,
-                patch_size=patch_size,
-                image_size=image_size,
-            )
-            self.network = ViTModel(config, add_pooling_layer=False)
-        self.output_dim = hidden_dim
+        network = pretrained_network(pretrained, (hidden_dim, depth, heads, patch_size)) if pretrained else None
         self.patch_size = patch_size
-        self.gradient_checkpointing = gradient_checkpointing
-        for i, layer in enumerate(self.network.layers):
-            # The layer's dropout stands at the end of both residual branches, and its probability is 0.
-            layer.dropout = StochasticDepth(drop_path * i / max(1, depth - 1), mode="row")
+        grid = (network.config.image_size if network else image_size) // patch_size
+        self.patches = nn.Conv2d(3, hidden_dim, patch_size, stride=patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_dim))
+        self.positions = nn.Parameter(torch.zeros(1, 1 + grid**2, hidden_dim))  # of CLS first
+        for parameter in (self.patches.weight, self.cls_token, self.positions):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        if network:
+            self.load_state_dict(renamed(network.state_dict()))
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch {self.output_dim}"]:
-        """The CLS token after the final norm. Height and width: at least patch_size."""
-        return self.tokens(images)[:, 0]
-
-    def tokens(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens {self.output_dim}"]:
-        """All tokens after the final norm: CLS, then the patches row by row."""
-        return self.last_tokens(images, 1)[0]
-
-    def last_tokens(
-        self, images: Float[Tensor, "batch 3 height width"], layers: int
-    ) -> list[Float[Tensor, "batch tokens {self.output_dim}"]]:
-        """As `tokens`, after each of the last `layers` layers, all through the final norm; of the last layer last."""
-        return [self.network.layernorm(hidden) for hidden in self._layers(images, len(self.network.layers), layers)]
-
-    def attention(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch heads tokens tokens"]:
-        """Attention of the last layer, from each token (a row, which sums to 1) to every token; CLS first."""
-        last = self.network.layers[-1]
-        hidden = last.layernorm_before(self._layers(images, len(self.network.layers) - 1)[0])
-        query, key = (
-            project(hidden).unflatten(-1, (last.attention.num_attention_heads, -1)).transpose(1, 2)
-            for project in (last.attention.q_proj, last.attention.k_proj)
-        )
-        weights: Tensor = (query @ key.transpose(-2, -1) * last.attention.scaling).softmax(dim=-1)
-        return weights
-
-    def _layers(self, images: Tensor, depth: int, keep: int = 1) -> list[Tensor]:
-        """The residual stream after the last `keep` of the first `depth` layers."""
+    def embed(self, images: Tensor) -> Tensor:
         if min(images.shape[-2:]) < self.patch_size:
             raise ValueError(
                 f"ViT: images must be at least one patch ({self.patch_size} pixels) high and wide, "
                 f"got {images.shape[-2]} x {images.shape[-1]}. Take larger crops or a smaller backbone.patch_size."
             )
-        hidden: Tensor = self.network.embeddings(images, interpolate_pos_encoding=True)
-        kept = [hidden]
-        for layer in self.network.layers[:depth]:
-            if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(layer, hidden, use_reentrant=False)
-            else:
-                hidden = layer(hidden)
-            kept = [*kept, hidden][-keep:]
-        return kept
+        patches = self.patches(images)
+        positions: Tensor = self.positions[:, 1:]
+        rows, columns = patches.shape[-2:]
+        if (rows, columns) != (grid := round(positions.shape[1] ** 0.5), grid):
+            square = positions.mT.reshape(1, -1, grid, grid)
+            positions = F.interpolate(square, size=(rows, columns), mode="bicubic").flatten(2).mT
+        patches = patches.flatten(2).mT + positions
+        cls = (self.cls_token + self.positions[:, :1]).expand(len(images), -1, -1)
+        return torch.cat([cls, patches], dim=1)
+
+
+def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a transformers' ViTModel, whose queries, keys and values are three layers, by the names of ViT."""
+    names = {
+        "patches.weight": "embeddings.patch_embeddings.projection.weight",
+        "patches.bias": "embeddings.patch_embeddings.projection.bias",
+        "cls_token": "embeddings.cls_token",
+        "positions": "embeddings.position_embeddings",
+        "norm.weight": "layernorm.weight",
+        "norm.bias": "layernorm.bias",
+    }
+    of_block = {
+        "norm1": ["layernorm_before"],
+        "qkv": ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
+        "projection": ["attention.o_proj"],
+        "norm2": ["layernorm_after"],
+        "mlp.0": ["mlp.fc1"],
+        "mlp.2": ["mlp.fc2"],
+    }
+    ours = {ours: state[theirs] for ours, theirs in names.items()}
+    for i in range(sum(name.endswith("mlp.fc1.weight") for name in state)):
+        for name, theirs in of_block.items():
+            for kind in ("weight", "bias"):
+                ours[f"blocks.{i}.{name}.{kind}"] = torch.cat([state[f"layers.{i}.{part}.{kind}"] for part in theirs])
+    return ours
 
 
 def pretrained_network(pretrained: bool | str, architecture: tuple[int, int, int, int]) -> "ViTModel":
@@ -145,9 +126,12 @@ def pretrained_network(pretrained: bool | str, architecture: tuple[int, int, int
                 f"ViT: {pretrained} has hidden_dim={found[0]}, depth={found[1]}, heads={found[2]}, "
                 f"patch_size={found[3]}, but {words} was asked for. Make the two agree."
             )
-        return ViTModel.from_pretrained(
-            pretrained, config=config, add_pooling_layer=False, attn_implementation="sdpa", dtype=torch.float32
-        )
+        if (config.intermediate_size, config.hidden_act, config.qkv_bias) != (4 * architecture[0], "gelu", True):
+            raise ValueError(
+                f"ViT: {pretrained} has an MLP of {config.intermediate_size}, {config.hidden_act} and "
+                f"qkv_bias={config.qkv_bias}; expected {4 * architecture[0]}, gelu and true. Take another ViT."
+            )
+        return ViTModel.from_pretrained(pretrained, config=config, add_pooling_layer=False, dtype=torch.float32)
     except OSError as error:
         raise FileNotFoundError(
             f"ViT: no pretrained weights at {pretrained}: it is neither a folder with config.json and "
