@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-slurm lint clean
+.PHONY: train test test-all test-slurm lint clean
 
 train: .venv/ready          ## the default run; make train ARGS="dataset=imagenette backbone=dino_vits16"
 	$(BIN)/python -m dino.train $(ARGS)
 
 test: .venv/ready           ## make test ARGS="tests/test_loss.py"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+test-all: .venv/ready       ## with the slow ones: twenty kills, a soak, the compiler
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm" -n auto --dist worksteal $(ARGS)
 
 test-slurm: .venv/ready     ## what needs a SLURM cluster: launch/ on a real one
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/test_slurm.py $(ARGS)

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import os
+import re
+import resource
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,17 +13,30 @@ from typing import Any
 import torch
 
 from dino.distributed import place
+from dino.refused import Refused
 
+DEVICES = r"auto|cpu|mps|cuda(:\d{1,3})?"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU. Of several processes on one machine, each takes its own GPU."""
+    """auto: CUDA, else Apple's MPS, else the CPU. Of several processes on one machine, each takes its own GPU.
+
+    Raises Refused for what is no device, or is not in this machine.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if found else "mps" if mps else "cpu"
+    kind, _, index = name.partition(":")
+    if not re.fullmatch(DEVICES, name):
+        raise Refused(f"device={name}: expected auto, cpu, cuda, cuda:N or mps.")
+    if (kind == "mps" and not mps) or (kind == "cuda" and found <= int(index or 0)):
+        seen = f"{found} CUDA devices" if found else "no CUDA device" if kind == "cuda" else "no MPS"
+        raise Refused(f"device={name}: this machine has {seen} that torch can use; use device=auto or cpu.")
     if name == "cuda" and place().world_size > 1:
         # SLURM may show each process its own GPU alone, which is then the first.
-        return torch.device("cuda", place().local_rank % torch.cuda.device_count())
+        return torch.device("cuda", place().local_rank % found)
     return torch.device(name)
 
 
@@ -71,6 +86,16 @@ def free_memory(device: torch.device) -> int:
                 statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 free.append(max(0, limit - used + int(statistics["inactive_file"])))  # what the disk's cache gives back
     return min(free)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most so far: of the tensors on a GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says may be the parent's peak
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
 
 
 def describe(device: torch.device) -> str:

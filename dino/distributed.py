@@ -245,6 +245,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def own_share(tensor: Tensor) -> Tensor:
+    """What this process holds of a sharded tensor, to be changed in place. Any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def sharded_as(tensor: Tensor, like: Any) -> Tensor:
     """The share of a whole `tensor` that `like` is of its own."""
     if not is_sharded(like):

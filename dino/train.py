@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from dino.config import command
 from dino.config.node import build
-from dino.device import choose_device
+from dino.device import choose_device, peak_memory
 from dino.distributed import data_parallel, from_all, no_sync, place, processes, together
 from dino.loss import DinoLoss
 from dino.model import DinoModel, update_teacher_EMA
@@ -58,7 +58,7 @@ def train(
                 value = loss(student_out, teacher_out, now.teacher_temp) / accumulation
                 scaler.scale(value).backward()
             total = total + value.detach()
-            teacher_means.append(teacher_out.to(loss.center.dtype).mean(dim=0))
+            teacher_means.append(teacher_out.mean(dim=0, dtype=loss.center.dtype))
         scaler.unscale_(optimizer)
         gradient_norm = clip_gradients(student.parameters(), max_norm)
         scaler.step(optimizer)
@@ -173,8 +173,9 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     if run.broken:
         log.warning("%d images could not be read and were passed over; see %s", len(run.broken), directory / LIST)
     log.info(
-        "done in %.0f s: teacher in %s, report in %s",
+        "done in %.0f s, with %.1f GB of memory at most: teacher in %s, report in %s",
         time.monotonic() - started,
+        peak_memory(run.device) / 1e9,
         directory / "teacher.safetensors",
         directory / "report.html",
     )

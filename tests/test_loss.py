@@ -113,6 +113,27 @@ def test_softmax_and_loss_are_in_fp32_under_autocast_and_for_half_precision_logi
     assert value.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_half_precision_logits_are_never_whole_in_fp32():
+    """Of 10 views of 64 x 4,096 logits neither pass holds more than one view in fp32 at a time."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and not tensor._is_view():
+                    largest = max(largest, tensor.numel())
+            return out
+
+    loss = DinoLoss(4096, ncrops=10)
+    student = torch.randn(10 * 64, 4096, dtype=torch.bfloat16, requires_grad=True)
+    with Watch():
+        loss(student, torch.randn(2 * 64, 4096, dtype=torch.bfloat16)).backward()
+    assert student.grad.dtype == torch.bfloat16
+    assert largest == 2 * 64 * 4096  # the teacher's
+
+
 def test_entropies_tell_uniform_and_one_prototype_from_health():
     loss = DinoLoss(8, ncrops=4)
     uniform = loss.entropies(torch.zeros(8, 8))

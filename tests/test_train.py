@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 from test_dataset import serve_cifar10
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino import DinoLoss, DinoModel, DinoProjectionHead, DINOTransform, Schedule, Steps, make_teacher, parameter_groups
 from dino.backbone.vit import ViT
@@ -25,6 +26,7 @@ from dino.dataset.textures import Textures
 from dino.history import History
 from dino.train import run, train
 
+aten = torch.ops.aten
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("DINO_TEST_DATA", ROOT.parent / "shared" / "data"))
 TINY = [  # seconds on two cores
@@ -245,6 +247,36 @@ def test_every_yaml_trains_two_steps(group, option, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "teacher.safetensors").is_file()
 
 
+class Waits(TorchDispatchMode):
+    """Notes at which step the host asks a tensor for its value: on a GPU it would wait for all that was begun."""
+
+    def __init__(self):
+        super().__init__()
+        self.step, self.steps = -1, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal):
+            self.steps.append(self.step)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_between_log_steps_nothing_asks_a_tensor_for_its_value(precision, tmp_path, monkeypatch):
+    config = compose([*TINY, "training.epochs=1", "log_every_steps=5", f"precision={precision}"], "train", CONF)
+    waits, schedule = Waits(), Schedule.__call__
+
+    def noting(self, step):
+        waits.step = step
+        return schedule(self, step)
+
+    monkeypatch.setattr(Schedule, "__call__", noting)
+    with waits:
+        run(config, tmp_path / "run")
+    # Counted from 0: the first, sixth and eleventh are logged, the twelfth is the last.
+    assert {*waits.steps} <= {-1, 0, 5, 10, 11}
+    assert {0, 5, 10, 11} <= {*waits.steps}
+
+
 # ---- the program ----------------------------------------------------------------------------------------------------
 
 
@@ -443,9 +475,17 @@ def test_weights_of_another_architecture_are_refused(uninterrupted, tmp_path):
     assert "Traceback" not in refused.stderr
 
 
-def test_compiling_changes_speed_not_names(tmp_path):
-    done = program(*TINY, "compile=true", "training.max_steps=2", "name=a", cwd=tmp_path, timeout=280)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_is_compiled_in_the_first_step_and_names_stay(tmp_path, monkeypatch):
+    """Two resolutions and two networks, over an evaluation, warm-ups and dropped samples."""
+    monkeypatch.setenv("TORCH_LOGS", "recompiles")
+    moving = ["teacher.warmup_temp=0.03", "teacher.warmup_temp_epochs=1", "backbone.drop_path=0.3", "backbone.depth=2"]
+    few = ["dataset.train.images=48", "training.epochs=2", "name=a"]
+    done = program(*TINY, *few, *moving, "compile=true", cwd=tmp_path, timeout=880)
     assert done.returncode == 0, done.stderr
+    assert "epoch 2" in done.stderr
+    assert sorted(re.findall(r"Recompiling function (\w+)", done.stderr)) == ["forward", "run_program"]
     assert "backbone.cls_token" in final(tmp_path / "outputs" / "a")["student"]
 
 
