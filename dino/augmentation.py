@@ -22,6 +22,7 @@ from dino.photometry import ORDERS, Draws, augment
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_PIXELS = 2**14  # of a side: one such image is 3 GB
 DRAWS = 10  # uniform numbers that decide what happens to one view of one sample
 
 
@@ -75,6 +76,7 @@ class DINOTransform:
             ("blur_full_size", blur_full_size),
         ]:
             _require(size > 0, name, "1 pixel or more", size)
+            _require(size <= MOST_PIXELS, name, f"at most {MOST_PIXELS} pixels", size)
         for name, scale in [("global_scale", global_scale), ("local_scale", local_scale)]:
             _require(0 < scale[0] <= scale[1] <= 1, name, "two rising fractions of the area in (0, 1]", scale)
         for name, probability in [
@@ -191,8 +193,9 @@ class EvalTransform:
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
-        if size < 1:
-            raise ValueError(f"EvalTransform: size must be 1 pixel or more, got {size}. Change dataset.eval_size.")
+        if not 0 < size <= MOST_PIXELS:
+            expected = "1 pixel or more" if size < 1 else f"at most {MOST_PIXELS} pixels"
+            raise ValueError(f"EvalTransform: size must be {expected}, got {size}. Change dataset.eval_size.")
         self.size, self.mean, self.std = size, mean, std
 
     def __call__(self, image: Image.Image | Tensor) -> UInt8[Tensor, "3 {self.size} {self.size}"]:

@@ -6,6 +6,7 @@ components as red, green and blue. Components are those of all images of the cal
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,11 +18,12 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from dino.augmentation import EvalTransform
+from dino.augmentation import MOST_PIXELS, EvalTransform
 from dino.checkpoint import load_teacher
 from dino.crops import resize
 from dino.device import choose_device
 from dino.features import features_of, frozen
+from dino.memory import ran_out
 from dino.neighbours import nearest
 from dino.pictures import attention_row, fitted, images_in, opened, patch_row, picture_of, read, row_of, unique_names
 from dino.refused import Refused
@@ -132,6 +134,7 @@ def principal_colours(
 def main() -> None:
     summary, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m dino.visualize", description=summary, epilog=more)
+    parser.usage = "%(prog)s [options] checkpoint images"  # argparse's own buries a mistake under seven lines
     parser.add_argument(
         "checkpoint", type=Path, help="a run's directory, its teacher.safetensors or a checkpoint (.pt)"
     )
@@ -163,6 +166,11 @@ def main() -> None:
     except (Refused, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        print(f"--size={arguments['size']}: there is not enough memory; give a smaller one.", file=sys.stderr)
+        sys.exit(2)
 
 
 def visualize(
@@ -184,9 +192,12 @@ def visualize(
 
     Raises Refused for images that cannot be read, ValueError and FileNotFoundError for a checkpoint that cannot.
     """
-    for name, value in (("size", size), ("k", k), ("fps", fps)):
-        if value is not None and value <= 0:
-            raise Refused(f"--{name} must be above 0, got {value}.")
+    for name, value, most in (("size", size, MOST_PIXELS), ("k", k, math.inf), ("fps", fps, 1000)):
+        least = 0.01 if name == "fps" else 1  # a GIF knows no slower
+        if value is not None and not least <= value <= most:
+            raise Refused(f"--{name} must be {least} or more{f', at most {most}' * (most < math.inf)}, got {value}.")
+    if mass is not None and not 0 < mass <= 1:
+        raise Refused(f"--mass must be a fraction above 0 and at most 1, got {mass}.")
     model, on = load_teacher(checkpoint), choose_device(device)
     backbone = model.backbone.to(on)
     known: dict[str, Any] = model.preprocessing  # type: ignore[assignment]
@@ -195,7 +206,10 @@ def visualize(
     as_trained = EvalTransform(known["size"], tuple(known["mean"]), tuple(known["std"]))
     said: list[str] = []
     originals = read(images_in(images), said)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"--output={output}: {error.strerror}; give a folder that can be written to.") from error
     names = [f"{i:04d}" for i in range(1, len(originals) + 1)] if video else unique_names([*originals])
     maps, tokens = [], []
     for image in originals.values():

@@ -215,8 +215,8 @@ def test_a_missing_folder_of_weights_is_a_sentence(tmp_path):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"heads": 5}, "multiple of heads, got depth=3, heads=5, hidden_dim=48"),
-        ({"depth": 0}, "got depth=0"),
+        ({"heads": 5}, "multiple of heads, got hidden_dim=48, heads=5"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"patch_size": 0}, "got patch_size=0"),
         ({"image_size": 4}, "got patch_size=8, image_size=4"),
         ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\), got 1.0"),
@@ -319,8 +319,8 @@ def test_the_position_of_a_patch_counts(monkeypatch):
     [
         ({"patch_size": 12}, "power of two from 2 up .*, got 12"),
         ({"patch_size": 0}, "power of two from 2 up .*, got 0"),
-        ({"heads": 3}, "multiple of heads, got depth=4, heads=3, hidden_dim=128"),
-        ({"depth": 0}, "got depth=0"),
+        ({"heads": 3}, "multiple of heads, got hidden_dim=128, heads=3"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"hidden_dim": 4}, "at least patch_size=8, .* got 4"),
         ({"image_size": 4}, "image_size must be at least patch_size=8, got 4"),
         ({"drop_path": -0.1}, r"drop_path must be in \[0, 1\), got -0.1"),

@@ -67,7 +67,7 @@ def test_a_list_runs_once_a_resolution_and_the_head_once():
 
 
 def test_batch_norm_sees_the_views_of_one_resolution_together():
-    backbone = SmallResNet(width=4)
+    backbone = SmallResNet(width=8)
     model = DinoModel(backbone, nn.Identity())
     small, large, other = views_of(16, 32, 16)
     with torch.no_grad():

@@ -23,8 +23,8 @@ from test_train import ROOT, TINY, final, program
 
 from dino.config import command
 from dino.config.sweep import check_runs, run_name, sweep_of
+from dino.finite import NonFiniteLoss
 from dino.history import History
-from dino.journal import NonFiniteLoss
 from dino.refused import Refused
 
 
@@ -377,7 +377,8 @@ def test_optuna_goes_by_the_knn_and_the_same_command_returns_what_is_finished_at
 PROGRAM = """
 import os, signal, sys, time
 from dino.config import command
-from dino.journal import NonFiniteLoss, StopSignal
+from dino.finite import NonFiniteLoss
+from dino.journal import StopSignal
 
 @command("train")
 def main(config, directory):

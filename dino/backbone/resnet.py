@@ -55,8 +55,10 @@ class SmallResNet(nn.Module):
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"SmallResNet: width must be at least 1, got {width}.")
+        if width < 8:
+            raise ValueError(
+                f"SmallResNet: width must be at least 8, got {width}; torch's convolutions crash on fewer channels."
+            )
         self.output_dim = 8 * width
         self.stem = nn.Sequential(*convolution(3, width, kernel_size=3, stride=2), nn.ReLU(inplace=True))
         stages: list[nn.Module] = [BasicBlock(width, width)]

@@ -25,10 +25,12 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if depth < 1 or heads < 1 or hidden_dim < 1 or hidden_dim % heads:
+        for what, value in (("depth", depth), ("heads", heads), ("hidden_dim", hidden_dim)):
+            if value < 1:
+                raise ValueError(f"{name}: {what} must be at least 1, got {value}.")
+        if hidden_dim % heads:
             raise ValueError(
-                f"{name}: depth and heads must be at least 1 and hidden_dim a positive multiple of heads, "
-                f"got depth={depth}, heads={heads}, hidden_dim={hidden_dim}."
+                f"{name}: hidden_dim must be a multiple of heads, got hidden_dim={hidden_dim}, heads={heads}."
             )
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"{name}: drop_path must be in [0, 1), got {drop_path}.")

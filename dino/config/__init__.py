@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dino.config.check import check, warnings_of
-from dino.config.composition import compose, composed, plain
+from dino.config.composition import compose, composed, plain, quoted
 from dino.config.multirun import TRACEBACKS, described, of_a_sweep, one_line, one_of_a_sweep, say
 from dino.config.node import build
 from dino.config.sweep import CONF, Sweep, check_runs, is_multirun, run_name, sweep_of
@@ -40,8 +40,12 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any], Path], Any]
     """
 
     def decorate(main: Callable[[dict[str, Any], Path], Any]) -> Callable[[], None]:
+        begun = False
+
         @functools.wraps(main)
         def task(config: DictConfig) -> Any:
+            nonlocal begun
+            begun = True
             several = HydraConfig.get().mode == RunMode.MULTIRUN
             directory = Path(HydraConfig.get().runtime.output_dir)
 
@@ -60,12 +64,15 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any], Path], Any]
 
         @functools.wraps(main)
         def program() -> None:
-            arguments = get_args_parser().parse_args()
             full_error, argv = os.environ.get("HYDRA_FULL_ERROR", "0"), sys.argv
+            parser = get_args_parser()
+            parser.usage = "%(prog)s [option] [key=value ...]; --help shows all"  # hydra's own takes seven lines
             try:
+                sys.argv = [*argv[:1], *map(quoted, argv[1:])]
+                arguments = parser.parse_args()
                 sweep = _refuse_early(arguments, config_name)
                 if sweep is not None:
-                    sys.argv = _with(sweep.placed(), arguments.overrides, argv)
+                    sys.argv = _with(sweep.placed(), arguments.overrides, sys.argv)
                 os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra ends the process itself, in its own words
                 with contextlib.nullcontext() if sweep is None else of_a_sweep(sweep):
                     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
@@ -73,6 +80,12 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any], Path], Any]
                 if TRACEBACKS:
                     raise
                 say(error.problems if isinstance(error, Refused) else [one_line(error)])
+                sys.exit(2)
+            except OSError as error:  # hydra's, who makes the directory of the run before `main` can
+                if TRACEBACKS or begun:
+                    raise
+                place = f"{error.filename} cannot be written to ({error.strerror})"
+                say([f"{place}; make it writable, or give another hydra.run.dir="])
                 sys.exit(2)
             finally:
                 os.environ["HYDRA_FULL_ERROR"], sys.argv = full_error, argv

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from dino.config.machine import check_machine
-from dino.config.node import Misfit, Problems, did_you_mean, fitted, is_node, misfits, shown, value_at
+from dino.config.node import Misfit, Problems, TooLarge, did_you_mean, fitted, is_node, misfits, shown, value_at
 from dino.config.trial import LATE, try_parts
+from dino.device import DEVICES
 from dino.distributed import place
 
 
@@ -23,6 +24,8 @@ class Rule(NamedTuple):
         """A sentence where `key` cannot have that value."""
         try:
             holds = value != "???" and self.holds(fitted(value, self.hint))
+        except TooLarge as misfit:
+            return f"{key}={shown(value)}: expected {misfit}."
         except Misfit as misfit:
             return f"{key}={shown(value)}: expected {self.expected or misfit}."
         return None if holds else f"{key}={shown(value)}: expected {self.expected or 'a value'}."
@@ -49,9 +52,7 @@ TEXT = Rule(str | None, "a text or null", lambda v: v != "")
 OWN: dict[str, Rule] = {
     "seed": Rule(int, "a whole number from 0 to 4294967295", lambda v: 0 <= v < 2**32),
     "name": Rule(str | int | None, "a text or null", lambda v: v != ""),
-    "device": Rule(
-        str, "auto, cpu, cuda, cuda:N or mps", lambda v: bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", v))
-    ),
+    "device": Rule(str, "auto, cpu, cuda, cuda:N or mps", lambda v: bool(re.fullmatch(DEVICES, v))),
     "precision": Rule(Literal["auto", "fp32", "bf16", "fp16"]),
     "compile": Rule(bool),
     "init_from": TEXT,
@@ -62,6 +63,7 @@ OWN: dict[str, Rule] = {
     "training.effective_batch": _from(1, unless_null=True),
     "training.gradient_clip": _above_zero(unless_null=True),
     "training.freeze_last_layer_epochs": _from(0, hint=float),
+    "training.skip_nonfinite_steps": _from(0),
     "training.synchronise_batch_norm": Rule(bool),
     "training.sharded": Rule(bool),
     "training.num_workers": Rule(
@@ -176,8 +178,13 @@ def _check_own_keys(config: Mapping[str, Any], problems: Problems) -> None:
                 path, f"{path}={shown(value_at(config, path))}: expected a node with its _target_; choose {group}=..."
             )
     loggers = {} if config.get("logger") is None else config["logger"]
-    if not isinstance(loggers, Mapping) or not all(map(is_node, loggers.values())):
+    if not isinstance(loggers, Mapping):
         problems.add("logger", f"logger={shown(loggers)}: expected loggers by name, such as logger=[csv,tensorboard]")
+        loggers = {}
+    for name, logger in loggers.items():
+        if not is_node(logger):
+            text = f"logger.{name}={shown(logger)}: expected a node with its _target_; choose logger=[csv,tensorboard]"
+            problems.add(f"logger.{name}", text)
     for key, rule in OWN.items():
         section, _, name = key.rpartition(".")
         if section in problems:
@@ -210,6 +217,9 @@ def _check_between_parts(config: Mapping[str, Any], problems: Problems) -> None:
         problems.add("optimizer.fused", text)
     if sharded and value_at(config, "precision") == "fp16":
         problems.add("precision", "precision=fp16: needs training.sharded=false; use bf16 or fp32")
+    if sharded and value_at(config, "training.skip_nonfinite_steps"):
+        key = "training.skip_nonfinite_steps"
+        problems.add(key, f"{key}={config['training']['skip_nonfinite_steps']}: needs training.sharded=false; use 0")
     views = value_at(config, "augmentation.num_local_views")
     if isinstance(views, int) and views > MOST_VIEWS:
         text = f"augmentation.num_local_views={views}: expected at most {MOST_VIEWS}; the paper's longest runs have 10"

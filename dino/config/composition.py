@@ -20,6 +20,25 @@ from dino.refused import Refused
 FAILURES = (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, AttributeError)
 
 
+def quoted(text: str) -> str:
+    """An override that hydra's grammar can't read, with its value in quotes where that helps: name=ü, name=a=b."""
+    key, equals, value = text.partition("=")
+    if equals and not key.startswith("-") and not _readable(text):
+        inner = re.sub(r"(\\*)'", r"\1\1\'", value)  # in quotes hydra halves the backslashes before a quote
+        inner += (len(inner) - len(inner.rstrip("\\"))) * "\\"
+        if _readable(f"{key}='{inner}'"):
+            return f"{key}='{inner}'"
+    return text
+
+
+def _readable(text: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(text)
+    except FAILURES:
+        return False
+    return True
+
+
 def compose(overrides: list[str], config_name: str, directory: Path) -> dict[str, Any]:
     """The plain, resolved config of a command line, unchecked. Raises Refused, naming every override that fails."""
     config, problems = composed(overrides, config_name, directory)
@@ -39,6 +58,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def composed(overrides: list[str], config_name: str, directory: Path) -> tuple[DictConfig, list[str]]:
     """(config with hydra's settings below `hydra`, sentences about the overrides that were left out of it)."""
+    overrides = [quoted(text) for text in overrides]
     outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a run's own, where one is under way
     try:
         with hydra.initialize_config_dir(str(directory.resolve()), version_base="1.3"):
@@ -92,7 +112,8 @@ def _explained(override: Override, error: Exception, config: DictConfig) -> tupl
     text, key = str(override.input_line), override.key_or_group
     options = _options(key)
     if override.is_sweep_override():
-        return f"{text}: one run takes one value; use --multirun for several, or [a,b] for a list", None
+        words = "one run takes one value; use --multirun for several, [a,b] for a list, '\"a,b\"' for a text"
+        return f"{text}: {words}", None
     if options and override.value() is None:
         return f"{text}: choose one of {', '.join(options)}", None
     if options and isinstance(error, MissingConfigException):

@@ -8,6 +8,7 @@ from typing import Any
 
 from dino.config.node import Problems, shown, value_at
 from dino.distributed import place
+from dino.refused import Refused
 
 
 def check_machine(config: Mapping[str, Any], problems: Problems, parameters: int) -> None:
@@ -19,10 +20,11 @@ def check_machine(config: Mapping[str, Any], problems: Problems, parameters: int
         problems.add(
             "precision", "precision=fp16: needs a GPU, and the run would be on the CPU; use auto, bf16 or fp32"
         )
-    workers, cores = value_at(config, "training.num_workers"), usable_cores()
-    if "training.num_workers" not in problems and isinstance(workers, int) and workers > 16 * cores:
-        text = f"training.num_workers={workers}: far too many for {cores} cores; use auto, or at most {16 * cores}"
-        problems.add("training.num_workers", text)
+    cores = usable_cores()
+    for key in ("training.num_workers", "num_workers"):  # dino.train's, dino.evaluate's
+        workers = value_at(config, key)
+        if isinstance(workers, int) and workers > 16 * cores:
+            problems.add(key, f"{key}={workers}: far too many for {cores} cores; use auto, or at most {16 * cores}")
     if value_at(config, "compile") is True and not any(
         map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))
     ):
@@ -38,25 +40,20 @@ def check_machine(config: Mapping[str, Any], problems: Problems, parameters: int
 
 def _device(config: Mapping[str, Any], problems: Problems) -> str:
     """The kind of device that the run would take."""
-    import torch
+    from dino.device import choose_device
 
     kind, _, index = str(value_at(config, "device")).partition(":")
-    if "device" in problems or kind == "cpu":
+    if "device" in problems:
         return kind
     if place().world_size > 1 and (index or kind == "mps"):
         text = f"device={config['device']}: one device for {place().world_size} processes; use device=cuda or cpu"
         problems.add("device", text)
         return kind
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    mps = torch.backends.mps.is_available()
-    if kind == "auto":
-        return "cuda" if found else "mps" if mps else "cpu"
-    if (kind == "mps" and not mps) or (kind == "cuda" and found <= int(index or 0)):
-        seen = f"{found} CUDA devices" if found else "no CUDA device" if kind == "cuda" else "no MPS"
-        problems.add(
-            "device", f"device={config['device']}: this machine has {seen} that torch can use; use device=auto or cpu"
-        )
-    return kind
+    try:
+        return choose_device(config["device"]).type
+    except Refused as refused:
+        problems.add("device", str(refused))
+        return kind
 
 
 def _exists(path: str) -> bool:

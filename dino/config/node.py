@@ -21,6 +21,10 @@ class Misfit(TypeError):
     """A value that its annotation doesn't allow; the message says what was expected."""
 
 
+class TooLarge(Misfit):
+    """A whole number that neither torch nor numpy can hold, whatever it is for."""
+
+
 def is_node(value: Any) -> bool:
     return isinstance(value, dict) and "_target_" in value
 
@@ -172,6 +176,8 @@ def sentence(name: str, error: BaseException) -> str:
 def fitted(value: Any, hint: Any) -> Any:
     """`value` as `hint` wants it: an int as float, a list as tuple, a str as Path. Raises Misfit: "a number", ..."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise TooLarge("a number of at most 19 digits")
     if hint is Any or isinstance(hint, typing.TypeVar | str) or is_node(value):
         return value  # a nested node is checked as itself
     if origin is typing.Annotated:

@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from dino.config.check import check
-from dino.config.composition import composed, plain
+from dino.config.composition import composed, plain, quoted
 from dino.config.node import locate
 from dino.refused import Refused
 from dino.run_directory import CONFIG, SWEEP, changes_no_result
@@ -92,6 +92,7 @@ def sweep_of(overrides: Sequence[str], config_name: str = "train", conf: Path = 
     Raises Refused where the sweeper can't enumerate the values or two runs would share a directory. An override that
     can't be read stays in every run: the check has words for it.
     """
+    overrides = [quoted(text) for text in overrides]
     parsed, unreadable = _parsed(overrides)
     config, problems = composed([str(o.input_line) for o in parsed if not o.is_sweep_override()], config_name, conf)
     of_sweeps = tuple(str(o.input_line) for o in parsed if _is_within(o.key_or_group, OF_SWEEPS))

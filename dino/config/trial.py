@@ -43,7 +43,7 @@ LATE: dict[str, dict[str, tuple[str, Any]]] = {
 
 
 BUGS = (NameError, AttributeError, SyntaxError)  # a mistake in a class, not in its values: its traceback is what helps
-TENSORS, PARAMETERS = 10_000, 10**11  # more than any model that this is for; stops depth=1000000000 within a second
+TENSORS, PARAMETERS = 5_000, 10**11  # more than any model that this is for; stops depth=1000000000 within a second
 
 
 @contextlib.contextmanager
@@ -221,8 +221,11 @@ def _to_blame(
     gives_way = None
     begins = re.match(rf"(?:{re.escape(name)}: )?(\w+)", str(error))
     first = begins[1] if begins else None
-    for key in sorted(given, key=lambda key: key != first):
+    numbers = {key: value for key, value in given.items() if isinstance(value, int) and not isinstance(value, bool)}
+    for key in sorted(given, key=lambda key: (key != first, -abs(numbers.get(key, 0)))):  # what is enormous, soon
         rest = without(key)
+        if rest is None and key in numbers:  # one that has no default
+            rest = {**given, key: 1}
         if rest is None or rest == given:
             continue
         other = error_of(rest)

@@ -102,16 +102,17 @@ def find_shards(root: Path, pattern: str) -> list[Path]:
     if (root / pattern).is_dir():
         pattern = os.path.join(pattern, "*.tar")  # noqa: PTH118 - a pattern
     paths: list[Path] = []
-    for path in (str(root / name) for name in in_braces(pattern)):
-        paths += map(Path, sorted(glob.glob(path)) if glob.has_magic(pattern) else [path])  # noqa: PTH207 - may be absolute
+    for name in in_braces(pattern):  # below the root, whose own name may look like a pattern
+        found = sorted(glob.glob(name, root_dir=root)) if glob.has_magic(pattern) else [name]  # noqa: PTH207 - may be absolute
+        paths += [root / path for path in found]
     if not paths:
         raise FileNotFoundError(
-            f"Tar: no shards {root / pattern}. Set dataset.root, or the shards of its train or val."
+            f"Tar: no shards {root / pattern}. Set dataset.root, or the shards or val_shards of dataset.train."
         )
     if missing := [path for path in paths if not path.is_file()]:
         raise FileNotFoundError(
             f"Tar: {len(missing)} of {len(paths)} shards are missing, the first: {missing[0]}. Copy them, or set "
-            "dataset.root, or the shards of its train or val, to those that are there."
+            "dataset.root, or the shards or val_shards of dataset.train, to those that are there."
         )
     return paths
 

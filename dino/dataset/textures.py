@@ -24,6 +24,7 @@ PERIODS = (2.5, 4.0)  # across the image
 BEND = 0.05  # standard deviation of the displacement, in image widths
 CONTRAST = (0.25, 0.5)  # between figure and ground, of the full range
 SHADING = (0.5, 1.5)  # factor on the luminance, smooth over the image
+MOST_PIXELS = 2**29  # of all images: made in a minute or two, in some 8 GB
 NOISE = 0.03  # standard deviation per pixel, of the full range
 
 
@@ -149,11 +150,21 @@ class Textures(Dataset[tuple[Tensor, int]]):
     def __init__(self, split: str, size: int = 64, images: int = 4000, seed: int = 0) -> None:
         check_split(split)
         if size < 8:
-            raise ValueError(f"Textures: size must be at least 8 pixels to show a texture, got {size}.")
+            raise ValueError(
+                f"Textures: size must be at least 8 pixels to show a texture, got {size}. Change dataset.{split}.size."
+            )
         if images < len(TEXTURES):
-            raise ValueError(f"Textures: images must be at least {len(TEXTURES)}, one a class, got {images}.")
+            raise ValueError(
+                f"Textures: images must be at least {len(TEXTURES)}, one a class, got {images}. "
+                f"Change dataset.{split}.images."
+            )
         if seed < 0:
-            raise ValueError(f"Textures: seed must be 0 or more, got {seed}.")
+            raise ValueError(f"Textures: seed must be 0 or more, got {seed}. Change dataset.{split}.seed.")
+        if images * size**2 > MOST_PIXELS:
+            raise ValueError(
+                f"Textures: {images} images of {size} x {size} pixels are too many to be made in memory, where "
+                f"{MOST_PIXELS // size**2} are the most. Lower dataset.{split}.images or dataset.{split}.size."
+            )
         self.classes = [texture.__name__ for texture in TEXTURES]
         self.pixels = torch.empty(images, 3, size, size, dtype=torch.uint8)
         for label, texture in enumerate(TEXTURES):
