@@ -5,13 +5,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from numpy import ndarray
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from dino.augmentation import DINOTransform
 from dino.broken import TooManyBroken, note
 from dino.refused import Refused
 from dino.views import Samples, crops_of
+from dino.workers import Loader
 
 # One stream of random numbers for each use, so that no two uses ever share one. 2 is dino.views.GEOMETRY.
 ORDER, PHOTOMETRY = 1, 3
@@ -46,7 +49,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         for step in range(self.start, self.end):
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
             if step == self.start or step_of_epoch == 0:
-                order = np.random.default_rng([self.seed, ORDER, epoch]).permutation(self.images)
+                order = self._order(epoch)
             first = step_of_epoch * self.accumulation * self.world_size * self.batch_size
             for part in range(self.accumulation):
                 at = first + self.position(part)
@@ -55,6 +58,15 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     def position(self, part: int) -> int:
         """Where in its step this process's part begins."""
         return (part * self.world_size + self.rank) * self.batch_size
+
+    def of_step(self, step: int) -> list[int]:
+        """The images of a step, those of the other processes too."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        whole = self.accumulation * self.world_size * self.batch_size
+        return [int(index) for index in self._order(epoch)[step_of_epoch * whole :][:whole]]
+
+    def _order(self, epoch: int) -> Int[ndarray, " images"]:
+        return np.random.default_rng([self.seed, ORDER, epoch]).permutation(self.images)
 
 
 class Steps:
@@ -87,7 +99,7 @@ class Steps:
         self.broken = set() if broken is None else broken
         self.crops = crops_of(dataset, transform, device_does, self.broken)
         samples = Samples(self.crops, seed, len(dataset))
-        self.loader = DataLoader(
+        self.loader = Loader(
             samples,
             batch_sampler=self.sampler,
             collate_fn=samples.collate,

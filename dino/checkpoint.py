@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import zipfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,38 +17,56 @@ from torch import nn
 
 from dino.model import DinoModel
 from dino.refused import Refused
+from dino.whole import whole
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
+BEST = "best.pt"
 TEACHER = "teacher.safetensors"
 
 
 def save_checkpoint(directory: Path, state: dict[str, Any], keep: int = 2, best: bool = False) -> Path:
     """Writes `state` (tensors and plain values; `iteration` names the file) below directory/checkpoints.
 
-    Complete or not there at all: written under another name, synced, renamed. Then all but the newest `keep` go; with
-    `best`, this one is kept as best.pt too (a second name of the same file, no second copy).
+    Complete or not there at all: written under another name, synced, renamed. Then all but this one and the `keep` - 1
+    before it go: one of a later step was passed over as broken. With `best`, this one is kept as best.pt too (a second
+    name of the same file, no second copy).
     """
     path = directory / FOLDER / f"step_{state['iteration']:09d}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, lambda file: torch.save({**state, "timestamp": datetime.now(UTC).isoformat()}, file))
     if best:
-        link = path.with_name("best.tmp")
-        link.unlink(missing_ok=True)
-        os.link(path, link)
-        link.replace(path.with_name("best.pt"))
-    for old in _newest_first(directory)[keep:]:
-        old.unlink()
+        with whole(path.with_name(BEST)) as link:
+            link.unlink(missing_ok=True)
+            os.link(path, link)
+    paths = _newest_first(directory)
+    kept = paths[paths.index(path) :][:keep]
+    for other in paths:
+        if other not in kept:
+            other.unlink()
     return path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The checkpoint in this file, on the CPU. With weights_only: it can hold no code.
+
+    Each part is compared with the checksum beside it, which torch.load ignores. Raises where anything is wrong with the
+    file, be it one bit, and it can be any exception.
+    """
+    with zipfile.ZipFile(path) as parts:
+        if (part := parts.testzip()) is not None:
+            raise ValueError(f"{part} in it is not what was written")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
 
 
 def check_read_back(path: Path, state: dict[str, Any]) -> None:
     """Raises Refused where the file at `path` does not give the student's weights of `state` back, bit for bit."""
     try:
-        student = torch.load(path, map_location="cpu", weights_only=True)["student"]
+        student = read_checkpoint(path)["student"]
         written = {name: value.cpu() for name, value in state["student"].items()}
         same = all(torch.allclose(student[name], written[name], 0, 0, equal_nan=True) for name in written)
-    except Exception as error:  # bytes that are no checkpoint can raise anything
+    except Exception as error:
         raise Refused(f"{path} was written and cannot be read back ({error}); use another disk.") from error
     if not same:
         raise Refused(f"{path} was written and reads back other weights; use another disk.")
@@ -56,15 +75,14 @@ def check_read_back(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(directory: Path) -> dict[str, Any] | None:
     """The newest whole checkpoint below `directory`, on the CPU; None where there is none yet.
 
-    A broken one is passed over, saying so. Loads with weights_only: a checkpoint can hold no code. Raises Refused where
-    all are broken: to start afresh without a word would throw the run away.
+    A broken one is passed over, saying so; after all others comes the best. Raises Refused where all are broken: to
+    start afresh without a word would throw the run away.
     """
-    paths = _newest_first(directory)
+    paths = [*_newest_first(directory), *(directory / FOLDER).glob(BEST)]
     for path in paths:
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            return state
-        except Exception as error:  # bytes that are no checkpoint can raise anything
+            return read_checkpoint(path)
+        except Exception as error:
             log.warning("%s cannot be read (%s); trying the one before.", path, str(error).split("\n")[0])
     if paths:
         raise Refused(
@@ -130,7 +148,7 @@ def _in_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[st
 def _in_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     from dino.augmentation import IMAGENET_MEAN, IMAGENET_STD
 
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_checkpoint(path)
     config, colours = state["config"], state["config"]["augmentation"]
     preprocessing = {
         "size": config["dataset"]["eval_size"],
@@ -183,15 +201,13 @@ def _newest_first(directory: Path) -> list[Path]:
 
 
 def _write(path: Path, write: Callable[[Any], object]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
+    with whole(path) as partial, open(partial, "wb") as file:
+        try:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        except RuntimeError as error:  # torch.save's own, of a file that it could not end; in the disk's words
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        file.flush()
+        os.fsync(file.fileno())
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself survives a power cut

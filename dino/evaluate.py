@@ -164,7 +164,7 @@ def subject_of(config: dict[str, Any]) -> Subject:
         given = Path(config["run"] or config["checkpoint"])
         try:
             teacher: Any = load_teacher(given)
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise Refused(str(error)) from error
         backbone, node, prepared, name = teacher.backbone, teacher.config["backbone"], teacher.preprocessing, str(given)
         directory = next((folder for folder in (given, *given.parents[:2]) if (folder / CONFIG).is_file()), None)

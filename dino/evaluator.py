@@ -13,6 +13,7 @@ from torch.utils.data import Subset
 from dino.augmentation import EvalTransform
 from dino.distributed import gathered, my_share, place
 from dino.features import UNREAD, Features, RawPixels, batches, calibrate, features_of
+from dino.memory import said_on_all
 from dino.neighbours import knn_predictions
 
 log = logging.getLogger(__name__)
@@ -54,9 +55,12 @@ class KNN:
         if train.classes is None or val.classes is None:
             return {}
         rest = (self.transform, device, autocast, self.batch_size, num_workers, broken)
-        mine, share = (features_of(backbone, Subset(data, my_share(len(data))), *rest) for data in (train, val))
+        advice = f"in k-NN; an evaluator.batch_size below {self.batch_size} takes less"
+        with said_on_all(advice):
+            mine, share = (features_of(backbone, Subset(data, my_share(len(data))), *rest) for data in (train, val))
         bank = Features(*(gathered(part, len(train)) for part in mine))
-        predicted = knn_predictions(bank.read(), share.rows, [self.k], self.temperature)[self.k]
+        with said_on_all(advice):
+            predicted = knn_predictions(bank.read(), share.rows, [self.k], self.temperature)[self.k]
         queries, predicted = Features(*(gathered(part, len(val)) for part in share)), gathered(predicted, len(val))
         self.last = Measured(bank, queries, predicted) if place().rank == 0 else None
         read = queries.labels != UNREAD

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dino.augmentation import EvalTransform
 from dino.broken import first_readable, note
+from dino.workers import Loader
 
 log = logging.getLogger(__name__)
 UNREAD = -2  # label of an image that could not be read; -1 is that of images without classes
@@ -84,7 +85,7 @@ def batches(
     data: Any, transform: EvalTransform, batch_size: int, num_workers: int = 0, shuffle: bool = False
 ) -> DataLoader[Any]:
     """(uint8 images, labels, a sentence for each that could not be read)."""
-    return DataLoader(
+    return Loader(
         _Prepared(data, transform),
         batch_size=batch_size,
         shuffle=shuffle,

@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dino.whole import whole
+
 if TYPE_CHECKING:
     import matplotlib.figure
     import pandas
@@ -88,7 +90,7 @@ class History:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes what is new since the last save to this path: the time does not grow with the iterations before.
 
-        The first save to a path replaces whatever stands there.
+        The first save to a path replaces whatever stands there. A disk that is full leaves the last save (OSError).
         """
         path = Path(path)
         known = self._saved > 0 and path == self._path and path.is_file() and path.stat().st_size >= self._offset
@@ -97,12 +99,16 @@ class History:
         if known:
             with path.open("r+b", buffering=0) as file:  # unbuffered: one write, so that a kill can hardly fall in it
                 file.seek(at)
-                _write_end(file, new + self._tail())
+                before = file.read()
+                try:
+                    _write_end(file, new + self._tail(), at)
+                except OSError:
+                    _write_end(file, before, at)  # over what it had room for
+                    raise
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_bytes(new + self._tail())
-            partial.replace(path)
+            with whole(path) as partial:
+                partial.write_bytes(new + self._tail())
         self._path, self._offset, self._saved = path, at + len(new), len(self._entries["iteration"])
 
     @classmethod
@@ -173,7 +179,7 @@ class History:
                 )
             history._entries["iteration"] = _nan_for_null(iterations)
             history._path, history._offset, history._saved = path, state["offset"], state["iterations"]
-            _write_end(file, history._tail())  # a complete file again, before the first new save
+            _write_end(file, history._tail(), state["offset"])  # a complete file again, before the first new save
         return history
 
     def plot_loss(
@@ -224,8 +230,10 @@ class History:
         }
         figure = draw(panels, columns, level, self.metadata.get("baselines", {}), self._ln_k())
         if save_path is not None:
-            Path(save_path).parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(save_path, dpi=120)
+            save_path = Path(save_path)
+            save_path.parent.mkdir(parents=True, exist_ok=True)
+            with whole(save_path) as partial:
+                figure.savefig(partial, dpi=120, format=save_path.suffix[1:])
         return figure
 
     def _ln_k(self) -> float | None:
@@ -246,8 +254,9 @@ class History:
         return b'\n],\n"epoch_metrics": [\n' + epochs + b'\n],\n"metadata": ' + _json(self.metadata) + b"}\n"
 
 
-def _write_end(file: Any, content: bytes) -> None:
-    """Writes `content` from where the file stands and ends the file there."""
+def _write_end(file: Any, content: bytes, at: int) -> None:
+    """Writes `content` from byte `at` on and ends the file there."""
+    file.seek(at)
     while content:  # a raw file may take less than it is given
         content = content[file.write(content) :]
     file.truncate()

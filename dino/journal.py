@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dino.broken import LIST, MOST, TooManyBroken, too_many
 from dino.distributed import averaged, largest, place
+from dino.finite import Finite
 from dino.history import History
 from dino.logger import Loggers
 from dino.monitor import Monitor
@@ -30,12 +31,6 @@ class Interrupted(Exception):
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
-
-
-class NonFiniteLoss(ArithmeticError):
-    """The loss is NaN or infinite: training cannot go on from here."""
-
-    exit_status = 3
 
 
 class StopSignal:
@@ -60,7 +55,7 @@ class StopSignal:
     def _note(self, signum: int, _: FrameType | None) -> None:
         self.signum = signum
         if place().world_size == 1:  # torchrun passes on the terminal's SIGINT, which its processes have had already
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would wait for whatever hangs
 
 
 class Journal:
@@ -69,7 +64,7 @@ class Journal:
     evaluate: () -> metrics of the teacher now, {} where there is nothing to measure. report: () -> None, after it.
     checkpoint: (iteration, the journal's own state, whether it is the best by k-NN) -> None.
     broken: grows by a sentence for each image, of `images` in all, that could not be read.
-    Numbers stay on the device between log steps, so that a GPU is not waited for; every loss is looked at all the same.
+    Numbers stay on the device between log steps, so that a GPU is not waited for; every one is looked at all the same.
     With several processes each has a journal, and all decide the same at the same step; `writes` is true in one.
     """
 
@@ -85,6 +80,7 @@ class Journal:
         stop: StopSignal,
         broken: set[str],
         images: int,
+        finite: Finite,
         start: int,
         total_steps: int,
         steps_per_epoch: int,
@@ -99,7 +95,7 @@ class Journal:
         self.directory, self.history, self.loggers, self.monitor = directory, history, loggers, monitor
         self.writes = writes
         self.evaluate, self.report, self.checkpoint, self.stop = evaluate, report, checkpoint, stop
-        self.broken, self.images = broken, images
+        self.broken, self.images, self.finite = broken, images, finite
         self.total_steps, self.steps_per_epoch, self.effective_batch = total_steps, steps_per_epoch, effective_batch
         self.log_every_steps, self.evaluate_every_epochs = log_every_steps, evaluate_every_epochs
         self.checkpoint_every_epochs, self.checkpoint_every_minutes = checkpoint_every_epochs, checkpoint_every_minutes
@@ -111,8 +107,11 @@ class Journal:
             "training_seconds": 0.0,
         }
         self.metrics = metrics or nothing_yet
+        self.last_loss = math.nan
         if "monitor" in self.metrics:  # from the first checkpoint on
             monitor.load_state_dict(self.metrics["monitor"])
+        if "finite" in self.metrics:
+            finite.load_state_dict(self.metrics["finite"])
         if self._logs(start):
             monitor.remember_weights()
         self.first_step, self.recent = start, list[Tensor]()
@@ -142,7 +141,7 @@ class Journal:
     ) -> None:
         """`step` counts from 0; `iteration` in the history and on checkpoints is the number of updates done."""
         done = step + 1
-        self.recent.append(loss)
+        self.recent.append(torch.stack((loss, gradient_norm.to(loss))))
         self.monitor.see(teacher)
         self.bar.update()
         at_epoch_end, at_end = done % self.steps_per_epoch == 0, done == self.total_steps
@@ -181,7 +180,7 @@ class Journal:
     def _record(
         self, done: int, now: Values, gradient_norm: Tensor, teacher: Tensor, student: Tensor, features: Tensor
     ) -> None:
-        images_per_second = self._look_at_losses(done)
+        images_per_second = self._look(done)
         figures = self.monitor.measure(teacher, student, features, now.teacher_temp)
         relative = self.last_loss / self.monitor.ln_k
         values = {
@@ -208,35 +207,29 @@ class Journal:
             refresh=False,
         )
 
-    def _look_at_losses(self, done: int) -> float:
-        """Fetches the losses since the last look; returns images per second since then."""
-        losses = averaged(torch.stack(self.recent)).tolist()
-        for ago, value in enumerate(reversed(losses)):
-            if not math.isfinite(value):
-                raise NonFiniteLoss(
-                    f"the loss is {value} at step {done - ago}; "
-                    f"the last good checkpoint is in {self.directory / 'checkpoints'}. "
-                    "Try a lower optimizer.lr, a longer warm-up, or precision=fp32, with another name=."
-                )
-        for value in losses:
-            self.metrics["epoch_loss"] += value
-        self.metrics["epoch_steps"] += len(losses)
+    def _look(self, done: int) -> float:
+        """Fetches losses and norms of gradients since the last look; returns images per second since then."""
+        numbers = averaged(torch.stack(self.recent)).tolist()  # what is not finite on one process is so on all
         self.recent.clear()
-        self.last_loss = losses[-1]
+        for done_then, (loss, norm) in enumerate(numbers, done - len(numbers) + 1):
+            if self.finite(done_then, loss, norm):
+                self.last_loss = loss
+                self.metrics["epoch_loss"] += loss
+                self.metrics["epoch_steps"] += 1
         seconds = time.monotonic() - self.last_flush
         self.metrics["training_seconds"] += seconds
         self.last_flush = time.monotonic()
-        return len(losses) * self.effective_batch / seconds
+        return len(numbers) * self.effective_batch / seconds
 
     def _end_of_epoch(self, done: int) -> bool:
         """Evaluates where it is time, records the epoch; True where k-NN is the best so far."""
         if self.recent:
-            self._look_at_losses(done)
+            self._look(done)
         epoch = math.ceil(done / self.steps_per_epoch)
         measured: dict[str, float] = {}
         if epoch % self.evaluate_every_epochs == 0 or done == self.total_steps:
             measured = self.evaluate()
-        values = {"loss": self.metrics["epoch_loss"] / self.metrics["epoch_steps"], **measured}
+        values = {"loss": self.metrics["epoch_loss"] / (self.metrics["epoch_steps"] or math.nan), **measured}
         values["training_seconds"] = self.metrics["training_seconds"]
         self.metrics["epoch_loss"], self.metrics["epoch_steps"] = 0.0, 0
         self.history.record_epoch(epoch, iteration=done, **values)
@@ -250,23 +243,21 @@ class Journal:
             self.metrics["last_knn"] = measured["knn"]
             self.metrics["best_knn"] = max(self.metrics["best_knn"], measured["knn"])
         if measured or done == self.total_steps:
-            self._write_history(plots=True)
+            self._write_history(report=True)
         self.last_flush = time.monotonic()
         return best
 
     def _save(self, done: int, best: bool) -> None:
         if self.recent:
-            self._look_at_losses(done)  # never save over a good checkpoint what is not finite
+            self._look(done)  # never save over a good checkpoint what is not finite
         self._write_history()
-        self.metrics["monitor"] = self.monitor.state_dict()
+        self.metrics |= {"monitor": self.monitor.state_dict(), "finite": self.finite.state_dict()}
         self.checkpoint(done, self.metrics, best)
         self.last_save = self.last_flush = time.monotonic()
 
-    def _write_history(self, plots: bool = False) -> None:
+    def _write_history(self, report: bool = False) -> None:
         if not self.writes:
             return
         self.history.save(self.directory / "history.json")
-        if plots:
-            self.history.plot_all("iteration", self.directory / "plots")
-            self.history.plot_all("epoch", self.directory / "plots")
+        if report:
             self.report()

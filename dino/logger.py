@@ -14,6 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from dino.whole import whole
+
+FINISH = 300.0  # seconds to send the end of a run to W&B
+
 
 class Logger(Protocol):
     """`start` once, `log` with steps that never fall, `finish` once.
@@ -84,10 +88,14 @@ class CSVLogger:
             rows = self._rows()
             self._rewrite(columns + missing, [*(rows[:-1] if same_step else rows), row])
             return
-        with self.path.open("r+", newline="", encoding="utf-8") as file:
-            self.last_at = file.seek(self.last_at) if same_step else file.seek(0, io.SEEK_END)
-            csv.DictWriter(file, columns).writerow(row)
-            file.truncate()
+        try:
+            with self.path.open("r+", newline="", encoding="utf-8") as file:
+                self.last_at = file.seek(self.last_at) if same_step else file.seek(0, io.SEEK_END)
+                csv.DictWriter(file, columns).writerow(row)
+                file.truncate()
+        except OSError:
+            os.truncate(self.path, self.last_at)  # no half row
+            raise
         self.last = row
 
     def finish(self) -> None:
@@ -106,15 +114,13 @@ class CSVLogger:
         return list(csv.DictReader(io.StringIO(whole)))
 
     def _rewrite(self, columns: list[str], rows: list[dict[str, Any]]) -> None:
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        with whole(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             for row in rows:
                 file.flush()
                 self.last_at = file.tell()
                 writer.writerow(row)
-        partial.replace(self.path)
         self.columns, self.last = columns, rows[-1] if rows else {}
 
 
@@ -162,18 +168,28 @@ class WandbLogger:
         import wandb
 
         key = _kaggle_key()
-        self.run = wandb.init(
+        init = functools.partial(
+            wandb.init,
             project=self.project,
             entity=self.entity,
             name=directory.name,
             dir=str(directory),
             config=config,
             tags=sorted({*self.tags, *_tags(config)}),
-            mode=_mode(key) if self.mode == "auto" else self.mode,
             id=resume_id,
             resume="allow",
-            settings=wandb.Settings(api_key=key) if key else None,
+            # Without a timeout W&B tries for ever to send the end of a run, and the program would not end.
+            settings=wandb.Settings(finish_timeout=FINISH, **({"api_key": key} if key else {})),
         )
+        try:
+            self.run = init(mode=_mode(key) if self.mode == "auto" else self.mode)
+        except Exception as error:  # a wrong key, a server out of reach: what is raised has no common class
+            warnings.warn(
+                "W&B refuses the key or cannot be reached; the run is written offline, and `wandb sync` sends it "
+                f"({type(error).__name__}: {' '.join(str(error).split())}).",
+                stacklevel=2,
+            )
+            self.run = init(mode="offline")
         self.run_id = self.run.id
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -184,8 +200,7 @@ class WandbLogger:
         import wandb
 
         self.run.finish()
-        if self.run.offline:
-            wandb.teardown()  # an offline run's file may still be unwritten when its `finish` returns (seen in 0.31)
+        wandb.teardown()  # else the run's file may be unwritten still (seen in 0.31: offline, and after FINISH)
 
 
 def _tags(config: dict[str, Any]) -> list[str]:

@@ -76,6 +76,7 @@ class DinoLoss(nn.Module):
     def update_center(self, teacher: Float[Tensor, "rows out_dim"]) -> None:
         """Eq. 4, over all processes. `teacher`: their logits of a step, or the means of its equal parts, one a row."""
         mean = averaged(_at_least_fp32(teacher).mean(dim=0, keepdim=True).to(self.center))
+        mean = torch.where(mean.isfinite().all(), mean, self.center)  # of a step that is left out (dino/finite.py)
         self.center.lerp_(mean, 1 - self.center_momentum)
 
     @torch.no_grad()

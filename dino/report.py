@@ -31,6 +31,7 @@ from dino.learned import (
 )
 from dino.page import WIDE, duration, figure, finite, note, percent, picture, scroll, text
 from dino.run_directory import flat
+from dino.whole import whole
 
 NAME = "report.html"
 SHOWN, CROPPED = 6, 4  # val images, train images
@@ -93,9 +94,8 @@ def write_report(
         refresh=0 if total is not None and step >= total else REFRESH,
     )
     path = Path(directory) / NAME
-    partial = path.with_name(f".{NAME}.tmp")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 

@@ -1,5 +1,6 @@
 """From a checked config to the objects of a run."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -102,7 +103,8 @@ class Run:
             | {"state": {i: {k: _as(v, parameters[i]) for k, v in of_each[i].items()} for i in of_each}},
         }
         for name in SAVED:
-            getattr(self, name).load_state_dict((state | sharded)[name])
+            if saved := (state | sharded)[name]:  # a scaler that was off saved nothing
+                getattr(self, name).load_state_dict(saved)
 
     @property
     def eval_transform(self) -> EvalTransform:
@@ -219,13 +221,21 @@ def assemble(config: dict[str, Any]) -> Run:
         teacher=teacher,
         loss=build(config["loss"], ncrops=transform.ncrops, n_global_crops=transform.n_global_crops).to(device),
         optimizer=optimizer,
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        scaler=_scaler(device, precision, training["skip_nonfinite_steps"]),
         schedule=schedule,
         evaluator=build(config["evaluator"]),
         seed=config["seed"],
         topology=processes,
         images={"number": images, "fingerprint": getattr(datasets["train"], "fingerprint", None)},
     )
+
+
+def _scaler(device: torch.device, precision: str, skip: int) -> torch.amp.GradScaler:
+    """fp16's; or, for `skip`, one that leaves out the steps whose gradient is not finite, its scale 1 for ever."""
+    if precision == "fp16" or not skip:
+        return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    stays = math.nextafter(1, 0)  # the largest factor that torch takes; in the scale's fp32 it is 1
+    return torch.amp.GradScaler(device.type, init_scale=1.0, backoff_factor=stays, growth_interval=2**31 - 1)
 
 
 def _whole(state: Any) -> Any:

@@ -1,6 +1,7 @@
 """A run's directory: one process at a time, one configuration for ever."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -15,6 +16,7 @@ from typing import IO, Any, Literal
 import yaml
 
 from dino.refused import Refused
+from dino.whole import whole
 
 CONFIG = "config.yaml"
 SWEEP = "sweep.json"  # which runs a sweep's directory has or will have, by dino.config.sweep
@@ -29,6 +31,7 @@ FREE = (
     "evaluate_every_epochs",
     "checkpoint",
     "training.num_workers",
+    "training.skip_nonfinite_steps",  # so that a run which a NaN stopped can go on with it
     "evaluator.batch_size",
 )
 
@@ -40,29 +43,52 @@ COUNTED = ("training.batch_size", "training.gradient_accumulation_steps", "train
 def lock(directory: Path) -> Iterator[None]:
     """Holds `directory` for this process until the block or the process ends, however it ends.
 
-    Raises Refused where another process holds it, naming its host and pid. A directory in which nothing was written (a
-    run that was refused) is taken away again.
+    Raises Refused where another process holds it, naming its host and pid, and where it cannot be written to. A
+    directory in which nothing was written (a run that was refused) is taken away again.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / ".lock"
-    with open(path, "a+") as file:
+    with contextlib.ExitStack() as stack:
         try:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "a+b", buffering=0))
             _take(file)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read().decode(errors="replace").strip() or "another process"
             raise Refused(
                 f"{directory} is in use by {holder}; wait for it, stop it, or give this run another name=."
             ) from None
-        file.truncate(0)
-        file.write(f"{socket.gethostname()} pid {os.getpid()}\n")
-        file.flush()
+        except OSError as error:
+            raise Refused(
+                f"{directory} cannot be written to ({error.strerror}); make it writable, or give another hydra.run.dir="
+            ) from error
         try:
             yield
         finally:
             if [*directory.iterdir()] == [path]:
                 path.unlink()
                 directory.rmdir()
+
+
+class DiskFull(OSError):
+    """A disk that took a run so far takes no more of it."""
+
+    exit_status = 8
+
+
+@contextlib.contextmanager
+def full_disk_in_a_sentence(directory: Path) -> Iterator[None]:
+    """Raises DiskFull, with what to do, where something cannot be written in the block for want of room or rights."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        last = max((directory / "checkpoints").glob("step_*.pt"), default=None)
+        kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+        raise DiskFull(
+            f"{directory} takes no more ({error.strerror}); {kept}. Make room, and the same command goes on."
+        ) from error
 
 
 def check_claim(directory: Path, config: dict[str, Any]) -> None:
@@ -83,9 +109,8 @@ def check_claim(directory: Path, config: dict[str, Any]) -> None:
 
 def claim(directory: Path, config: dict[str, Any]) -> None:
     """Writes what this run is made of, whole or not at all."""
-    temporary = directory / f".{CONFIG}.tmp"
-    temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    temporary.replace(directory / CONFIG)
+    with whole(directory / CONFIG) as partial:
+        partial.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 def changes_no_result(key: str) -> bool:
@@ -153,16 +178,21 @@ def is_held(directory: Path) -> bool:
     return False
 
 
-def _take(file: IO[str]) -> None:
-    """Locks `file` for this process alone. Raises OSError where another holds it for a second: no mere look, then."""
+def _take(file: IO[bytes]) -> None:
+    """Locks `file` for this process alone, and says so in it.
+
+    Raises BlockingIOError where another holds it for a second: no mere look, then.
+    """
     for attempt in range(100):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except OSError:
+        except BlockingIOError:
             if attempt == 99:
                 raise
             time.sleep(0.01)
+    file.truncate(0)
+    file.write(f"{socket.gethostname()} pid {os.getpid()}\n".encode())
 
 
 def _total_steps(history: Path) -> int | None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -74,9 +75,10 @@ def run(config: dict[str, Any], directory: Path) -> float:
 
     In each of the processes that torchrun or SLURM started; the first alone writes.
     """
+    from dino import memory
     from dino.checkpoint import load_checkpoint
     from dino.journal import StopSignal
-    from dino.run_directory import check_claim, lock
+    from dino.run_directory import check_claim, full_disk_in_a_sentence, lock
 
     first = place().rank == 0
     with contextlib.ExitStack() as stack:
@@ -87,6 +89,8 @@ def run(config: dict[str, Any], directory: Path) -> float:
                 check_claim(directory, config)
         stop = stack.enter_context(StopSignal())
         stack.enter_context(_log_to(directory / "train.log", first))
+        stack.enter_context(full_disk_in_a_sentence(directory))
+        stack.enter_context(memory.said("outside of the steps; a smaller backbone or dataset.cache=none takes less."))
         with together():
             state = load_checkpoint(directory)
         if len({*from_all(state and state["iteration"])}) > 1:
@@ -98,8 +102,10 @@ def run(config: dict[str, Any], directory: Path) -> float:
 
 
 def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None, stop: Any) -> float:
+    from dino import memory
     from dino.broken import LIST
-    from dino.checkpoint import set_rng_state
+    from dino.checkpoint import FOLDER, set_rng_state
+    from dino.finite import Finite
     from dino.journal import Journal
     from dino.logger import Loggers
     from dino.monitor import Monitor
@@ -124,17 +130,24 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
         log.info("k-NN to beat: raw pixels %.1f %%, untrained backbone %.1f %%", *(100 * a for a in baselines.values()))
     loggers = Loggers(list(build(config["logger"] or {}).values()) if first else [])
     loggers.start(directory, config, None if state is None else state["wandb_run_id"])
+    steps = run.steps(start)
     journal = Journal(
         directory=directory,
         history=history,
         loggers=loggers,
         monitor=Monitor(run.student, run.loss, quiet_steps=run.schedule.warmup_steps),
-        evaluate=run.evaluate,
+        evaluate=lambda: memory.measured(run.evaluate),
         report=_reporter(run, config, directory, history),
         checkpoint=_checkpointer(run, config, directory, history, loggers, start),
         stop=stop,
         broken=run.broken,
         images=len(run.train_set) + len(run.val_set),
+        finite=Finite(
+            directory / FOLDER,
+            lambda step: [_named(run.train_set, index) for index in steps.sampler.of_step(step - 1)],
+            skip=config["training"]["skip_nonfinite_steps"],
+            scaled=run.precision == "fp16",
+        ),
         start=start,
         total_steps=run.total_steps,
         steps_per_epoch=run.steps_per_epoch,
@@ -154,19 +167,20 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     if state is not None and run.rank < len(state["rng"]):
         set_rng_state(state["rng"][run.rank])
     try:
-        train(
-            student,
-            run.teacher,
-            run.loss,
-            run.steps(start),
-            run.optimizer,
-            run.schedule,
-            accumulation=run.accumulation,
-            max_norm=config["training"]["gradient_clip"] or math.inf,
-            autocast=run.autocast,
-            scaler=run.scaler,
-            after_step=journal,
-        )
+        with memory.said(_what_takes_it(run, config)):
+            train(
+                student,
+                run.teacher,
+                run.loss,
+                steps,
+                run.optimizer,
+                run.schedule,
+                accumulation=run.accumulation,
+                max_norm=config["training"]["gradient_clip"] or math.inf,
+                autocast=run.autocast,
+                scaler=run.scaler,
+                after_step=journal,
+            )
     finally:
         journal.close()
         loggers.finish()
@@ -182,6 +196,25 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     return float(journal.metrics["last_knn"])
 
 
+def _what_takes_it(run: Any, config: dict[str, Any]) -> str:
+    """Of the memory of a step: what takes it, and the settings with which the same step takes less."""
+    from dino.memory import smaller
+
+    sizes = Counter(getattr(run.transform, "sizes", ()))
+    views = " and ".join(f"{number} views of {size} pixels" for size, number in sizes.items())
+    model = sum(parameter.numel() for parameter in run.student.parameters()) / 1e6
+    return (
+        f"at training.batch_size={run.batch_size}, {views or f'{run.transform.ncrops} views'} an image, "
+        f"{type(run.student.backbone).__name__} of {model:.1f} M parameters with its head, {run.precision}; "
+        + smaller(run.batch_size, run.accumulation, config["training"]["effective_batch"] is not None)
+    )
+
+
+def _named(images: Any, index: int) -> str:
+    name = getattr(images, "name", None)
+    return f"{index} ({name(index)})" if callable(name) else str(index)
+
+
 def _check_same(run: Any, state: dict[str, Any] | None, directory: Path) -> None:
     """Raises Refused where the processes, or this start of the run and the one before, do not train on the same."""
     if any(images != run.images for images in from_all(run.images)):
@@ -190,7 +223,8 @@ def _check_same(run: Any, state: dict[str, Any] | None, directory: Path) -> None
         before, now = state["images"]["number"], run.images["number"]
         raise Refused(
             f"{directory} was trained on a list of {before:,} images, and now there is another, of {now:,}; "
-            f"restore the files, or start anew with another name= and init_from={directory}."
+            f"restore the files, or start anew with another name= and init_from={directory}. "
+            + _changed(state.get("images_by_class", {}), _images_by_class(run.train_set))
         )
     if state is not None and state["effective_batch"] != run.effective_batch:
         raise Refused(
@@ -199,13 +233,29 @@ def _check_same(run: Any, state: dict[str, Any] | None, directory: Path) -> None
         )
 
 
+def _images_by_class(images: Any) -> dict[str, int]:
+    """How many images each class has; {} where there are no labels, or they are not known without the images."""
+    labels = getattr(images, "labels", None)
+    return {} if labels is None or images.classes is None else dict(Counter(images.classes[i] for i in labels))
+
+
+def _changed(before: dict[str, int], now: dict[str, int]) -> str:
+    """What a run that finds other images than before is told of them."""
+    other = [name for name in sorted(before.keys() | now.keys()) if before.get(name, 0) != now.get(name, 0)]
+    if not other:
+        return "Names or order are others." if before else ""
+    listed = ", ".join(f"{name} had {before.get(name, 0):,}, now {now.get(name, 0):,}" for name in other[:5])
+    return f"By class: {listed}{f', and {len(other) - 5:,} more' if len(other) > 5 else ''}."
+
+
 def _history(run: Any, config: dict[str, Any], directory: Path, state: dict[str, Any] | None) -> Any:
     """The history so far, with the baselines in its metadata. All processes measure, the first keeps it on disk."""
     from dino.history import History
+    from dino.memory import measured
 
     if state is None:
         history = History(config)
-        history.metadata |= {"total_steps": run.total_steps, "baselines": run.baselines()}
+        history.metadata |= {"total_steps": run.total_steps, "baselines": measured(run.baselines)}
         return history
     if run.rank:
         history = History(config)
@@ -223,9 +273,13 @@ def _checkpointer(
     """A function that all processes call and the first writes in: (iteration, the journal's state, best so far?)."""
     from dino.broken import write_list
     from dino.checkpoint import check_read_back, rng_state, save_checkpoint, save_teacher
+    from dino.finite import check_finite
+
+    images_by_class = _images_by_class(run.train_set)
 
     def checkpoint(iteration: int, metrics: dict[str, Any], best: bool) -> None:
         rng, state = from_all(rng_state()), run.state_dict()
+        check_finite(state, iteration)
         run.broken.update(*from_all(sorted(run.broken)))
         if run.rank:
             return
@@ -236,6 +290,7 @@ def _checkpointer(
             "total_steps": run.total_steps,
             "effective_batch": run.effective_batch,
             "images": run.images,
+            "images_by_class": images_by_class,
             "rng": rng,
             "config": config,
             "metrics": metrics,
@@ -254,13 +309,18 @@ def _checkpointer(
 
 
 def _reporter(run: Any, config: dict[str, Any], directory: Path, history: Any) -> Callable[[], None]:
-    """A function that writes report.html. Where it cannot, it says so, and training goes on."""
+    """A function that writes the plots and report.html. Where it cannot, it says so, and training goes on."""
     from dino.config import CONF, compose
     from dino.evaluator import KNN
     from dino.report import write_report
 
     def report() -> None:
         measured = run.evaluator.last if isinstance(run.evaluator, KNN) else None
+        try:
+            history.plot_all("iteration", directory / "plots")
+            history.plot_all("epoch", directory / "plots")
+        except OSError as error:
+            log.warning("the plots are not written: %s", error)
         try:
             write_report(
                 directory,
@@ -284,18 +344,40 @@ def _reporter(run: Any, config: dict[str, Any], directory: Path, history: Any) -
     return report
 
 
+class _LogFile(logging.FileHandler):
+    """A log file. Where it cannot be written that is said once, on the terminal, and training goes on."""
+
+    said = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # of the first one, which opens the file
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.said:
+            self.said = True
+            log.warning("%s is not written: %s", self.baseFilename, sys.exception())
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # said before
+            super().close()
+
+
 @contextlib.contextmanager
 def _log_to(path: Path, first: bool) -> Iterator[None]:
     """What the first process says goes to the terminal, around the bar, and with UTC times to `path`."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     package = logging.getLogger("dino")
-    terminal, file = logging.StreamHandler(sys.stderr), logging.FileHandler(path, delay=True)
+    terminal, file = logging.StreamHandler(sys.stderr), _LogFile(path, delay=True)
     formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     file.setFormatter(formatter)
     before = package.level, package.propagate
-    package.setLevel(logging.INFO if first else logging.CRITICAL)
+    package.setLevel(logging.DEBUG if first else logging.CRITICAL)
+    terminal.setLevel(logging.INFO)
     package.propagate = False
     for handler in (terminal, file):
         package.addHandler(handler)

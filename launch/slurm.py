@@ -170,7 +170,7 @@ def copy_of_code(folder: Path) -> RsyncSnapshot:
         )
     new = ["git", "ls-files", "--others", "--exclude-standard"]
     include = subprocess.run(new, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return RsyncSnapshot(folder / time.strftime("code_%Y-%m-%dT%H-%M-%S"), ROOT, include=include)
+    return RsyncSnapshot(folder / time.strftime("code_%Y-%m-%dT%H-%M-%SZ", time.gmtime()), ROOT, include=include)
 
 
 def submit(overrides: list[str], dry_run: bool = False, snapshot: bool = False) -> None:

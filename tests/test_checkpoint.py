@@ -5,6 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -60,6 +62,52 @@ def test_a_broken_newest_gives_way_to_the_one_before_saying_so(tmp_path, caplog,
     assert "step_000000002.pt cannot be read" in caplog.text
 
 
+SOUND = {"iteration": 2, "student": {"w": torch.arange(300.0)}, "config": {"lr": 0.1, "name": None}, "rng": [1, (2, 3)]}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A directory with two checkpoints, the newest of them, and its bytes."""
+    directory = tmp_path_factory.mktemp("sound")
+    save_checkpoint(directory, state(1))
+    newest = save_checkpoint(directory, SOUND)
+    return directory, newest, newest.read_bytes()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_flipped_bit_changes_nothing_or_the_one_before_is_used(sound, data):
+    directory, newest, whole = sound
+    bit = data.draw(st.integers(0, 8 * len(whole) - 1))
+    flipped = bytearray(whole)
+    flipped[bit // 8] ^= 1 << bit % 8
+    newest.write_bytes(flipped)
+    loaded = load_checkpoint(directory)
+    if loaded["iteration"] == 2:
+        assert torch.equal(loaded["student"]["w"], SOUND["student"]["w"])
+        assert {key: loaded[key] for key in ("config", "rng")} == {key: SOUND[key] for key in ("config", "rng")}
+        assert loaded["timestamp"].endswith("+00:00")
+    else:
+        assert loaded["iteration"] == 1
+
+
+def test_the_best_is_gone_on_from_where_all_others_are_broken(tmp_path, caplog):
+    for iteration in range(1, 5):
+        save_checkpoint(tmp_path, state(iteration), best=iteration == 2)
+    for path in (tmp_path / "checkpoints").glob("step_*.pt"):
+        path.write_bytes(b"broken")
+    assert load_checkpoint(tmp_path)["iteration"] == 2
+    assert "step_000000003.pt cannot be read" in caplog.text
+
+
+def test_a_broken_one_that_was_passed_over_does_not_count_as_kept_and_goes(tmp_path):
+    for iteration in (1, 2):
+        save_checkpoint(tmp_path, state(10 * iteration))
+    (tmp_path / "checkpoints" / "step_000000020.pt").write_bytes(b"broken")
+    save_checkpoint(tmp_path, state(15), keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000000015.pt"]
+
+
 def test_when_all_are_broken_a_fresh_start_is_refused(tmp_path):
     for iteration in (1, 2):
         save_checkpoint(tmp_path, state(iteration)).write_bytes(b"broken")
@@ -89,6 +137,8 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
     torch.save({"iteration": 1, "bomb": Bomb()}, tmp_path / "checkpoints" / "step_000000001.pt")
     with pytest.raises(ValueError, match="can be read"):
         load_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="cannot be read as a teacher.safetensors or a checkpoint"):
+        load_teacher(tmp_path / "checkpoints" / "step_000000001.pt")  # as init_from= and checkpoint= do
     assert not (tmp_path / "exploded").exists()
 
 

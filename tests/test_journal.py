@@ -1,12 +1,16 @@
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_in_ranks
 
+from dino.distributed import place
+from dino.finite import Finite, NonFiniteLoss
 from dino.history import History
-from dino.journal import Interrupted, Journal, NonFiniteLoss, StopSignal
+from dino.journal import Interrupted, Journal, StopSignal
 from dino.logger import Loggers
 from dino.loss import DinoLoss
 from dino.monitor import Monitor
@@ -44,6 +48,7 @@ def journal(tmp_path, stop=None, measured=(), **changes):
         "stop": stop or StopSignal(),
         "broken": set(),
         "images": 1000,
+        "finite": Finite(tmp_path / "checkpoints", lambda step: [f"image of step {step}"]),
         "start": 0,
         "total_steps": 12,
         "steps_per_epoch": 4,
@@ -53,14 +58,15 @@ def journal(tmp_path, stop=None, measured=(), **changes):
     return Journal(**(arguments | changes)), saved, spy
 
 
-def take(keeper, step, loss, teacher=None):
+def take(keeper, step, loss, teacher=None, norm=2.0):
     outputs = torch.zeros(4, 4) if teacher is None else teacher  # of 2 images in 2 views
-    keeper(step, NOW, torch.tensor(float(loss)), torch.tensor(2.0), outputs, outputs, outputs)
+    keeper(step, NOW, torch.tensor(float(loss)), torch.tensor(norm), outputs, outputs, outputs)
 
 
-def walk(keeper, losses, start=0, teacher=None):
+def walk(keeper, losses, start=0, teacher=None, norms=()):
+    norms = {**dict.fromkeys(range(start, start + len(losses)), 2.0), **dict(norms)}
     for step, loss in enumerate(losses, start):
-        take(keeper, step, loss, teacher)
+        take(keeper, step, loss, teacher, norms[step])
     keeper.close()
 
 
@@ -105,6 +111,63 @@ def test_a_loss_that_is_not_finite_stops_naming_its_step_before_anything_is_save
     assert [iteration for iteration, *_ in saved] == [1]
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_before_what_its_step_did_is_saved(tmp_path, value):
+    keeper, saved, _ = journal(tmp_path)
+    with pytest.raises(NonFiniteLoss, match=rf"the gradient is {value} at step 4; .*images image of step 4\."):
+        walk(keeper, [1] * 6, norms={3: value})  # a checkpoint is due after step 4
+    keeper.close()
+    assert [iteration for iteration, *_ in saved] == [1]
+
+
+def test_a_loss_that_is_not_finite_goes_before_a_signal_and_nothing_is_saved(tmp_path):
+    with StopSignal() as stop:
+        keeper, saved, _ = journal(tmp_path, stop)
+        walk(keeper, [1, 1])
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(NonFiniteLoss, match="the loss is nan at step 3"):
+            take(keeper, 2, math.nan)
+    assert [iteration for iteration, *_ in saved] == [1]
+
+
+def test_no_number_is_fetched_from_the_device_between_two_looks(tmp_path, monkeypatch):
+    keeper, _, _ = journal(tmp_path, total_steps=100, steps_per_epoch=100, log_every_steps=10)
+    walk(keeper, [1])
+    for name in ("item", "tolist", "__bool__", "__float__", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
+    walk(keeper, [1] * 9, start=1)
+
+
+def test_steps_that_may_be_left_out_are_counted_over_resumes_and_not_in_the_mean_of_the_epoch(tmp_path):
+    def finite():
+        return Finite(tmp_path / "checkpoints", lambda step: [], skip=2)
+
+    keeper, saved, _ = journal(tmp_path, finite=finite())
+    walk(keeper, [1, math.nan, 3, 5], norms={1: math.nan})
+    assert keeper.history.get_metric("loss", "epoch") == [3]
+    _, metrics, _ = saved[-1]
+    resumed, _, _ = journal(tmp_path / "resumed", start=4, metrics=metrics, finite=finite())
+    walk(resumed, [1, 1], start=4, norms={4: math.inf})
+    with pytest.raises(NonFiniteLoss, match="the loss is inf at step 8"):
+        walk(resumed, [1, math.inf], start=6)
+    resumed.close()
+
+
+def on_one_of_two(folder):
+    keeper, saved, _ = journal(Path(folder), log_every_steps=3, writes=place().rank == 0)
+    try:
+        walk(keeper, [1, math.nan if place().rank else 1, 1, 1])
+    except NonFiniteLoss as error:
+        return str(error), len(saved)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_at_the_same_step(tmp_path):
+    first, second = run_in_ranks(2, on_one_of_two, str(tmp_path))
+    assert first == second
+    assert "the loss is nan at step 2; " in first[0]
+    assert first[1] == 1
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_is_acted_on_after_the_step_with_a_checkpoint(tmp_path, signum):
     before = signal.getsignal(signum)
@@ -119,8 +182,8 @@ def test_a_signal_is_acted_on_after_the_step_with_a_checkpoint(tmp_path, signum)
     assert signal.getsignal(signum) == before
 
 
-def test_a_second_interrupt_stops_at_once():
+def test_a_second_interrupt_is_left_to_the_system_which_ends_the_process():
     with StopSignal():
         os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler

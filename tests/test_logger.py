@@ -2,6 +2,7 @@ import csv
 import http.server
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -224,15 +225,18 @@ def init(monkeypatch):
 
 
 @contextmanager
-def a_server_that_knows_nothing():
+def a_server_that_knows_nothing(answer=404):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_error(404)
+            self.rfile.read(int(self.headers.get("content-length") or 0))
+            self.send_error(answer)
+
+        do_POST = do_GET
 
         def log_message(self, *_):
             pass
 
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -255,6 +259,38 @@ def test_wandb_is_online_where_there_is_a_key_and_the_server_answers(tmp_path, n
     assert init["mode"] == "offline"  # the server is gone
 
 
+def test_a_server_that_is_out_of_reach_costs_nothing_but_the_wait_and_the_run_is_kept_offline(
+    tmp_path, no_account, monkeypatch
+):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2 + "01234567")
+    loggers = Loggers([WandbLogger()])
+    loggers.start(tmp_path, CONFIG, None)
+    loggers.log({"loss": 3.5}, 1)
+    loggers.finish()
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert wandb_run(path)[1] == [{"_step": 1, "loss": 3.5}]
+
+
+def test_a_wrong_key_is_one_warning_and_the_run_is_kept_offline(tmp_path, no_account, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2 + "01234567")
+    loggers = Loggers([WandbLogger(), CSVLogger()])
+    with a_server_that_knows_nothing(answer=401) as url, pytest.warns(UserWarning, match="401") as warned:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        loggers.start(tmp_path, CONFIG, None)
+        loggers.log({"loss": 3.5}, 1)
+        loggers.finish()
+    assert len(warned) == 1
+    assert [row["loss"] for row in rows(tmp_path)] == ["3.5"]
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert wandb_run(path)[1] == [{"_step": 1, "loss": 3.5}]
+
+
 def test_an_explicit_mode_wins_and_wandbs_own_variable_wins_over_auto(tmp_path, no_account, init, monkeypatch):
     started(WandbLogger(mode="online"), tmp_path)
     assert init["mode"] == "online"
@@ -275,7 +311,7 @@ def test_the_key_is_taken_from_kaggles_secrets(tmp_path, no_account, init, monke
     assert init["settings"].api_key == "1" * 40
     monkeypatch.setattr(UserSecretsClient, "get_secret", lambda self, name: {}[name])  # the notebook has no such secret
     started(WandbLogger(mode="offline"), tmp_path)
-    assert init["settings"] is None
+    assert init["settings"].api_key is None
 
 
 def test_a_resumed_online_run_is_not_given_steps_that_wandb_already_has(tmp_path, no_account, init):

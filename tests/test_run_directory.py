@@ -34,6 +34,13 @@ def test_a_second_process_is_refused_with_the_first_ones_host_and_pid_until_that
     assert tmp_path.is_dir()
 
 
+def test_the_lock_of_a_process_that_is_gone_is_taken_over_whatever_host_it_names(tmp_path):
+    (tmp_path / ".lock").write_text("another-host pid 1\n")  # a pid that is alive, here
+    with lock(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"{os.uname().nodename} pid {os.getpid()}\n"
+        (tmp_path / "file").touch()
+
+
 def test_a_run_that_wrote_nothing_leaves_no_directory(tmp_path):
     with lock(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b" / ".lock").is_file()

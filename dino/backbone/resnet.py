@@ -25,7 +25,10 @@ class ResNet(nn.Module):
             hint = f"Did you mean {nearest[0]}?" if nearest else f"Choose from {', '.join(known)}."
             raise ValueError(f"ResNet: arch must be one of torchvision's ResNets, got {arch!r}. {hint}")
         try:
-            self.network = models.get_model(arch, weights="DEFAULT" if pretrained else None)
+            self.network = models.get_model(arch)
+            if pretrained:
+                weights = models.get_model_weights(arch).DEFAULT
+                self.network.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
         except URLError as error:
             raise FileNotFoundError(
                 f"ResNet: the pretrained weights of {arch} are not in torch's cache and cannot be downloaded "

@@ -28,7 +28,9 @@ from dino.config.multirun import TRACEBACKS, described, of_a_sweep, one_line, on
 from dino.config.node import build
 from dino.config.sweep import CONF, Sweep, check_runs, is_multirun, run_name, sweep_of
 from dino.distributed import PeerLost
+from dino.memory import OutOfMemory
 from dino.refused import Refused
+from dino.workers import WorkerLost
 
 __all__ = ["CONF", "Refused", "build", "command", "compose", "run_name", "sweep_of"]
 
@@ -102,7 +104,7 @@ def _alone(run: Callable[[], Any]) -> Any:
         status, words = described(error)
         if TRACEBACKS or status is None:
             raise
-        say(words, by_all=isinstance(error, PeerLost))
+        say(words, by_all=isinstance(error, PeerLost | OutOfMemory | WorkerLost))
         sys.exit(status)
 
 
