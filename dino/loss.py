@@ -16,7 +16,7 @@ class DinoLoss(nn.Module):
     `center` is a buffer: checkpoints hold it. It moves by `update_center` alone, once a step, so that `forward` changes
     nothing and a batch in parts gives the loss of the batch whole. Softmax and loss are in fp32 (fp64 stays fp64)
     whatever autocast says, a view at a time and computed again in the backward pass: logits in half precision are
-    never whole in fp32 (ViT-S/16 with 64 images and 65,536 prototypes: 168 MB that reference code holds twice a view).
+    never whole in fp32 (of 10 views, 64 images and 65,536 prototypes that would be 168 MB).
     """
 
     center: Tensor

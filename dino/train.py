@@ -78,6 +78,7 @@ def run(config: dict[str, Any], directory: Path) -> float:
     from dino import memory
     from dino.checkpoint import load_checkpoint
     from dino.journal import StopSignal
+    from dino.log_file import log_to
     from dino.run_directory import check_claim, full_disk_in_a_sentence, lock
 
     first = place().rank == 0
@@ -88,7 +89,7 @@ def run(config: dict[str, Any], directory: Path) -> float:
                 stack.enter_context(lock(directory))
                 check_claim(directory, config)
         stop = stack.enter_context(StopSignal())
-        stack.enter_context(_log_to(directory / "train.log", first))
+        stack.enter_context(log_to(directory / "train.log", first))
         stack.enter_context(full_disk_in_a_sentence(directory))
         stack.enter_context(memory.said("outside of the steps; a smaller backbone or dataset.cache=none takes less."))
         with together():
@@ -342,57 +343,6 @@ def _reporter(run: Any, config: dict[str, Any], directory: Path, history: Any) -
             run.evaluator.last = None  # it may hold gigabytes
 
     return report
-
-
-class _LogFile(logging.FileHandler):
-    """A log file. Where it cannot be written that is said once, on the terminal, and training goes on."""
-
-    said = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            super().emit(record)
-        except OSError:  # of the first one, which opens the file
-            self.handleError(record)
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not self.said:
-            self.said = True
-            log.warning("%s is not written: %s", self.baseFilename, sys.exception())
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # said before
-            super().close()
-
-
-@contextlib.contextmanager
-def _log_to(path: Path, first: bool) -> Iterator[None]:
-    """What the first process says goes to the terminal, around the bar, and with UTC times to `path`."""
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    package = logging.getLogger("dino")
-    terminal, file = logging.StreamHandler(sys.stderr), _LogFile(path, delay=True)
-    formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-    formatter.converter = time.gmtime
-    file.setFormatter(formatter)
-    before = package.level, package.propagate
-    package.setLevel(logging.DEBUG if first else logging.CRITICAL)
-    terminal.setLevel(logging.INFO)
-    package.propagate = False
-    for handler in (terminal, file):
-        package.addHandler(handler)
-    try:
-        with logging_redirect_tqdm([package]):
-            yield
-    except Exception as error:
-        if path.exists():  # a run that was refused leaves nothing; the terminal has it from whoever handles it
-            file.handle(logging.makeLogRecord({"msg": f"{type(error).__name__}: {error}"}))
-        raise
-    finally:
-        package.level, package.propagate = before
-        for handler in (terminal, file):
-            package.removeHandler(handler)
-        file.close()
 
 
 def attempt(config: dict[str, Any], directory: Path) -> float:
