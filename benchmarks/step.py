@@ -257,7 +257,7 @@ def curves(overrides: Sequence[str], steps: int, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
     for label, values, style in zip((REFERENCE, OURS), zip(*losses, strict=True), ("-", "--"), strict=True):
         axes.plot(range(1, steps + 1), values, style, label=label, linewidth=1.2)
-    axes.set(xlabel="step", ylabel="loss", title=f"{' '.join(overrides) or 'the default run'}, {run.precision}")
+    axes.set(xlabel="step", ylabel="loss", title=f"{type(run.student.backbone).__name__}, {run.precision}")
     axes.legend()
     figure.savefig(path, dpi=110)
 

@@ -1,11 +1,13 @@
 """Witnesses: torchvision, transformers and timm called directly with the same weights, and formulas written out."""
 
 import importlib.util
+from collections import Counter
 from urllib.error import URLError
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 
 from dino.backbone.resnet import ResNet, SmallResNet
@@ -366,6 +368,33 @@ def test_drop_path_leaves_a_share_of_the_samples_alone_and_scales_what_the_other
     assert torch.allclose(block(hidden, cls_only), stream + 2, atol=1e-5)
 
 
+def test_a_block_keeps_neither_norms_nor_gelu_for_the_backward_pass_and_computes_no_product_twice():
+    block, kept, products = Block(32, heads=2), [], Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            products[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    hidden = torch.randn(2, FUSED_FROM, 32, requires_grad=True)
+    unit = hidden.nbytes
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in {p.untyped_storage().data_ptr() for p in block.parameters()}:
+            kept.append(tensor)
+        return tensor
+
+    with Count(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = block(hidden)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    # The stream twice, queries, keys and values, what they mix, and the MLP's four times wider input to its GELU.
+    assert sum(storages.values()) <= (2 + 3 + 1 + 4) * unit + unit // 4
+    with Count():
+        out.sum().backward()
+    assert products["addmm"] == 4 and products["mm"] == 8  # forward, and backward to inputs and weights
+    assert products["gelu"] == 2 and products["native_layer_norm"] == 4
+
+
 @pytest.mark.parametrize("drop_path, batch, rest", [(0.9, 1, 1), (0.9, 4, 1), (0.02, 16, 16), (0.1, 16, 14)])
 def test_at_least_one_sample_takes_a_branch_and_a_share_below_half_a_sample_is_none(drop_path, batch, rest):
     block, seen = Block(8, heads=2, drop_path=drop_path), []
@@ -404,7 +433,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_runs_the_layers_twice(bu
     frugal.load_state_dict(plain.state_dict())
     images = torch.randn(2, 3, 32, 32)
     calls = []
-    frugal.blocks[1].norm2.register_forward_hook(lambda *args: calls.append(1))
+    frugal.blocks[1].projection.register_forward_hook(lambda *args: calls.append(1))
     for backbone in (plain, frugal):
         backbone(images).pow(3).sum().backward()
     assert len(calls) == 2
