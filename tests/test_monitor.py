@@ -10,6 +10,7 @@ from torch import nn
 
 from dino import DinoLoss, DinoModel, DinoProjectionHead, Schedule, make_teacher, parameter_groups
 from dino.distributed import place
+from dino.finite import Finite
 from dino.history import History
 from dino.journal import Journal, StopSignal
 from dino.logger import Loggers
@@ -273,6 +274,7 @@ def trained(tmp_path, caplog, groups=8, out_dim=32, use_bn=True, temp=0.04, cent
         stop=StopSignal(),
         broken=set(),
         images=1000,
+        finite=Finite(tmp_path, lambda step: []),
         start=0,
         total_steps=steps,
         steps_per_epoch=steps,
