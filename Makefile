@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-all test-slurm lint clean
+.PHONY: train test test-all test-soak test-slurm lint clean
 
 train: .venv/ready          ## the default run; make train ARGS="dataset=imagenette backbone=dino_vits16"
 	$(BIN)/python -m dino.train $(ARGS)
@@ -10,8 +10,11 @@ train: .venv/ready          ## the default run; make train ARGS="dataset=imagene
 test: .venv/ready           ## make test ARGS="tests/test_loss.py"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-test-all: .venv/ready       ## with the slow ones: twenty kills, a soak, the compiler
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm" -n auto --dist worksteal $(ARGS)
+test-all: .venv/ready       ## with the slow ones: whole programs, several processes, sweeps
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm and not soak" -n auto --dist worksteal $(ARGS)
+
+test-soak: .venv/ready      ## twenty kills, 2,000 steps, the compiler, every bad value of every key
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -n auto --dist worksteal $(ARGS)
 
 test-slurm: .venv/ready     ## what needs a SLURM cluster: launch/ on a real one
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/test_slurm.py $(ARGS)

@@ -46,6 +46,8 @@ from dino.refused import Refused
 from dino.run import assemble
 from dino.train import train
 
+pytestmark = pytest.mark.slow  # whole programs, several processes each
+
 ROOT = Path(__file__).parents[1]
 PLAIN = ["backbone=dino_vits16", "backbone.heads=2", "backbone.patch_size=8", "backbone.drop_path=0", "head=dino"]
 

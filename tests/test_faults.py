@@ -144,7 +144,7 @@ def test_a_scaler_that_leaves_steps_out_changes_nothing_where_all_is_finite(tmp_
         assert torch.equal(value, same)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_nan_in_the_input_of_one_process_stops_both_and_a_resumed_run_again(tmp_path):
     command = [*TINY, *PLAIN[:3], "training.batch_size=4", "evaluator=none", "name=a", NAN_INPUT]
     for saved, said_before in ((12, ""), (13, "resumed at step 12")):
@@ -218,7 +218,7 @@ dino.train.main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is kept on Linux alone")
 def test_a_machine_without_enough_memory_ends_the_program_with_a_sentence_and_a_status(tmp_path):
     """A student's outputs take 2 GB here, and 1.2 GB can be had."""

@@ -108,7 +108,7 @@ runpy.run_module("dino.train", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(2400)
 def test_a_run_killed_twenty_times_while_saving_too_ends_bit_identical(tmp_path):
     """Half of the kills fall on a random line of ours, or of torch.save, in the saving of a checkpoint."""
@@ -170,7 +170,7 @@ class Slow(Textures):
     ("signum", "twice"),
     [
         (signal.SIGINT, True),
-        *(pytest.param(s, False, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)),
+        *(pytest.param(s, False, marks=pytest.mark.soak) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)),
     ],
 )
 def test_a_signal_within_a_step_ends_the_run_in_15_seconds_of_its_end_and_a_second_sigint_at_once(
@@ -461,7 +461,7 @@ print(json.dumps([*seen.values(), now()]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(2400)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 def test_two_thousand_steps_leave_memory_open_files_and_processes_as_they_were(tmp_path):

@@ -27,6 +27,8 @@ from dino.finite import NonFiniteLoss
 from dino.history import History
 from dino.refused import Refused
 
+pytestmark = pytest.mark.slow  # whole programs, several processes each
+
 
 @pytest.fixture
 def unchecked(monkeypatch):

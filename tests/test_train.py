@@ -220,7 +220,14 @@ WNIDS = [
 ]
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: str(value))
+LARGE = re.compile("resnet(50|101|152)|.*vitb.*|imagenet_vits16|kaggle_.*|imagenette_(vits16|resnet18)")
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if LARGE.fullmatch(case[1]) else []) for case in OPTIONS],
+    ids=str,
+)
 def test_every_yaml_trains_two_steps(group, option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -475,7 +482,7 @@ def test_weights_of_another_architecture_are_refused(uninterrupted, tmp_path):
     assert "Traceback" not in refused.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_all_is_compiled_in_the_first_step_and_names_stay(tmp_path, monkeypatch):
     """Two resolutions and two networks, over an evaluation, warm-ups and dropped samples."""

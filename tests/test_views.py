@@ -182,6 +182,7 @@ def test_a_disk_that_is_gone_ends_the_steps_in_one_sentence(workers, monkeypatch
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["training.device_does=crops", "dataset.cache=ram", "dataset.cache=device"])
 def test_a_run_of_each_way_goes_on_bit_identical_from_the_middle(way, tmp_path):
     overrides = [*TINY, way, "checkpoint.keep=5", "evaluator=none", "name=a"]

@@ -270,8 +270,8 @@ def test_a_resnet_gives_what_it_has(tmp_path, folder):
     [
         ({"images": Path("nowhere")}, "nowhere is not there; expected an image or a folder of images"),
         ({"checkpoint": Path("nowhere")}, "nowhere is not there; expected a run's directory"),
-        ({"size": 0}, "--size must be above 0, got 0"),
-        ({"k": -1}, "--k must be above 0, got -1"),
+        ({"size": 0}, "--size must be 1 or more, at most 16384, got 0"),
+        ({"k": -1}, "--k must be 1 or more, got -1"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(vit, folder, tmp_path, change, sentence):
