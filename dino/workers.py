@@ -1,6 +1,5 @@
 """Data workers that die or hang: named and stopped, not waited for for ever."""
 
-import itertools
 import multiprocessing
 import signal
 import threading
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader
 # In seconds. No disk that a run can do with takes ten minutes for one batch; a network file system that is back within
 # them is waited for, and a run that hangs over night loses ten minutes of it.
 PATIENCE = 600.0
-HANGS = "has handed over nothing for {:g} s: its disk, or what reads the images, hangs"
+HANGS = "the data workers (pids {}) have handed over nothing for {:g} s: the disk, or what reads the images, hangs"
 
 
 class WorkerLost(RuntimeError):
@@ -28,11 +27,10 @@ class Loader(DataLoader[Any]):
         others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
         batches = super().__iter__()
         workers = [child for child in multiprocessing.active_children() if child not in others]
-        workers.sort(key=lambda worker: worker.pid or 0)  # as they were started: in that order they take turns
         if workers and threading.current_thread() is threading.main_thread():
             # torch's handler raises wherever the process is when a worker dies, in the middle of a checkpoint too.
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-        for number in itertools.count():
+        while True:
             # In place of the loader's timeout: to open what a worker handed over may hang too, and there it has none.
             watch, asked = threading.Timer(PATIENCE, _kill, [workers]), time.monotonic()
             watch.daemon = True
@@ -49,10 +47,11 @@ class Loader(DataLoader[Any]):
                 dead = [worker for worker in workers if worker.exitcode is not None]
                 if not dead:
                     raise  # what a worker raised
-                lost = workers[number % len(workers)] if hung else dead[0]
+                all_of_them = ", ".join(str(worker.pid) for worker in workers)
+                one = f"a data worker (pid {dead[0].pid}) {_end(dead[0].exitcode)}"
                 _kill(workers)
                 raise WorkerLost(
-                    f"a data worker (pid {lost.pid}) {HANGS.format(PATIENCE) if hung else _end(lost.exitcode)}; "
+                    f"{HANGS.format(all_of_them, PATIENCE) if hung else one}; "
                     "the same command goes on from the last checkpoint"
                 ) from error
             finally:

@@ -269,7 +269,7 @@ WORKER = "training.num_workers=1"
     ("images", "words"),
     [
         ("LateFault", r"a data worker \(pid \d+\) was killed by SIGKILL, by the system if memory was short"),
-        ("LateHang", r"a data worker \(pid \d+\) has handed over nothing for 2 s: its disk"),
+        ("LateHang", r"the data workers \(pids [\d, ]+\) have handed over nothing for 2 s: the disk"),
     ],
 )
 def test_a_worker_that_dies_or_hangs_ends_the_run_which_goes_on_from_its_checkpoint(
@@ -286,5 +286,5 @@ def test_a_worker_that_dies_or_hangs_ends_the_run_which_goes_on_from_its_checkpo
 
 def test_a_worker_of_the_evaluation_that_hangs_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 2.0)
-    with pytest.raises(WorkerLost, match="has handed over nothing for 2 s"):
+    with pytest.raises(WorkerLost, match="have handed over nothing for 2 s"):
         trained(tmp_path / "a", *KNN, WORKER, "dataset.val._target_=test_faults.HangsInEvaluation")

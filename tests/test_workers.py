@@ -83,21 +83,23 @@ def test_a_dying_worker_interrupts_nothing_that_the_process_does_meanwhile():
 def test_a_worker_that_hangs_is_named_and_killed_after_the_patience(monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 1.0)
     started = time.monotonic()
-    with pytest.raises(WorkerLost, match=r"a data worker \(pid \d+\) has handed over nothing for 1 s: its disk"):
+    with pytest.raises(
+        WorkerLost, match=r"the data workers \(pids [\d, ]+\) have handed over nothing for 1 s: the disk"
+    ):
         for _, parts in steps(Gray(sleep_for_ever_at(17)), count=1):
             list(parts)
     assert time.monotonic() - started < 20
     assert multiprocessing.active_children() == []
 
 
-def test_a_worker_that_no_signal_but_kill_reaches_is_not_waited_for_and_is_the_one_named(monkeypatch):
+def test_a_worker_that_no_signal_but_kill_reaches_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 6.0)  # a start on a busy machine takes two
     for stopped in (0, 1):
         batches = iter(steps(Gray()))
         list(next(batches)[1])
         pid = sorted(child.pid for child in multiprocessing.active_children())[stopped]
         os.kill(pid, signal.SIGSTOP)
-        with pytest.raises(WorkerLost, match=rf"a data worker \(pid {pid}\)"):
+        with pytest.raises(WorkerLost, match=rf"the data workers \(pids [\d, ]*{pid}[\d, ]*\)"):
             for _, parts in batches:
                 list(parts)
         assert multiprocessing.active_children() == []
@@ -106,7 +108,7 @@ def test_a_worker_that_no_signal_but_kill_reaches_is_not_waited_for_and_is_the_o
 def test_a_worker_of_the_evaluation_is_not_waited_for_either(monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 6.0)  # a start on a busy machine takes two
     images = Gray(sleep_for_ever_at(40))
-    with pytest.raises(WorkerLost, match="has handed over nothing for 6 s"):
+    with pytest.raises(WorkerLost, match="have handed over nothing for 6 s"):
         features_of(torch.nn.Flatten(), images, EvalTransform(8), batch_size=16, num_workers=1)
     with pytest.raises(WorkerLost, match="was killed by SIGKILL"):
         features_of(torch.nn.Flatten(), Gray(die_at(40)), EvalTransform(8), batch_size=16, num_workers=1)
