@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -61,21 +61,25 @@ def contestant(name: str, overrides: Sequence[str]) -> tuple[Run, Step]:
 
     def ours(number: int, views: list[Tensor]) -> float:
         losses: list[Tensor] = []
-        train(
-            run.student,
-            run.teacher,
-            run.loss,
-            [(number, iter([views]))],
-            run.optimizer,
-            run.schedule,
-            max_norm=clip,
-            autocast=run.autocast,
-            scaler=run.scaler,
-            after_step=lambda step, now, loss, *_: losses.append(loss),
-        )
+        go_on(run, clip, [(number, iter([views]))], after_step=lambda step, now, loss, *_: losses.append(loss))
         return losses[0].item()
 
     return run, ours
+
+
+def go_on(run: Run, clip: float, steps: Iterable[tuple[int, Iterator[list[Tensor]]]], **more: Any) -> None:
+    train(
+        run.student,
+        run.teacher,
+        run.loss,
+        steps,
+        run.optimizer,
+        run.schedule,
+        max_norm=clip,
+        autocast=run.autocast,
+        scaler=run.scaler,
+        **more,
+    )
 
 
 def bare(run: Run, views: list[Tensor]) -> float:
@@ -164,27 +168,18 @@ def breakdown(overrides: Sequence[str], steps: int) -> tuple[dict[str, float], f
     config = compose([*overrides, "evaluator=none"], "train", CONF)
     run = assemble(config)
     laps, batches = Laps(run.device), iter(run.steps(0))
+    clip = config["training"]["gradient_clip"] or math.inf
 
     def read() -> tuple[int, list[list[Tensor]]]:
         step, parts = next(batches)
         return step, list(parts)
 
-    def go_on(number: int, read: Callable[[], Any] = read) -> None:
-        train(
-            run.student,
-            run.teacher,
-            run.loss,
-            ((step, iter(parts)) for step, parts in (read() for _ in range(number))),
-            run.optimizer,
-            run.schedule,
-            accumulation=run.accumulation,
-            max_norm=config["training"]["gradient_clip"] or math.inf,
-            autocast=run.autocast,
-            scaler=run.scaler,
-        )
+    def take(number: int, read: Callable[[], Any] = read) -> None:
+        some = ((step, iter(parts)) for step, parts in (read() for _ in range(number)))
+        go_on(run, clip, some, accumulation=run.accumulation)
 
-    go_on(2)
-    without = seconds(lambda: go_on(steps), run.device) / steps
+    take(2)
+    without = seconds(lambda: take(steps), run.device) / steps
     with contextlib.ExitStack() as watched:
         for thing, name, part, then in (
             (run.teacher, "forward", "teacher", "rest"),
@@ -197,7 +192,7 @@ def breakdown(overrides: Sequence[str], steps: int) -> tuple[dict[str, float], f
         ):
             watched.enter_context(patch.object(thing, name, laps.of(part, getattr(thing, name), then)))
         laps.start()
-        go_on(steps, laps.of("data: decode, crop, photometry", read))
+        take(steps, laps.of("data: decode, crop, photometry", read))
         laps.stop("rest")
     return {part: spent / steps for part, spent in laps.parts.items()}, without
 

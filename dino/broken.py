@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dino.dataset.encoded import BrokenImage
+from dino.whole import whole
 
 log = logging.getLogger(__name__)
 LIST = "broken_images.txt"  # in the run directory, a sentence a line
@@ -49,6 +50,5 @@ def write_list(directory: Path, broken: set[str]) -> None:
     path = directory / LIST
     before = path.read_text().splitlines() if path.exists() else []
     if broken - {*before}:
-        whole = path.with_suffix(".tmp")
-        whole.write_text("".join(f"{sentence}\n" for sentence in sorted({*before, *broken})))
-        whole.replace(path)
+        with whole(path) as partial:
+            partial.write_text("".join(f"{sentence}\n" for sentence in sorted({*before, *broken})))

@@ -26,6 +26,7 @@ from dino.config.composition import composed, plain, quoted
 from dino.config.node import locate
 from dino.refused import Refused
 from dino.run_directory import CONFIG, SWEEP, changes_no_result
+from dino.whole import whole
 
 INSIDE = Path(__file__).resolve().parents[1] / "conf"
 CONF = INSIDE if INSIDE.is_dir() else INSIDE.parent.parent / "conf"  # in a wheel, in a checkout
@@ -81,9 +82,8 @@ class Sweep:
             runs = {}
         runs |= {directory.name: overrides for overrides, directory in self.runs}
         self.directory.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{SWEEP}.tmp")
-        temporary.write_text(json.dumps({"runs": runs}, ensure_ascii=False) + "\n")
-        temporary.replace(path)
+        with whole(path) as partial:
+            partial.write_text(json.dumps({"runs": runs}, ensure_ascii=False) + "\n")
 
 
 def sweep_of(overrides: Sequence[str], config_name: str = "train", conf: Path = CONF) -> Sweep:
