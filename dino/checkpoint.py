@@ -1,19 +1,20 @@
 """What a run needs to go on exactly where it was, and the one file that people want from it: teacher.safetensors."""
 
+import hashlib
 import importlib
 import json
 import logging
 import os
 import random
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dino.model import DinoModel
 from dino.refused import Refused
@@ -103,7 +104,7 @@ def save_teacher(directory: Path, teacher: DinoModel, config: dict[str, Any], pr
         "head": json.dumps(config["head"]),
         "preprocessing": json.dumps(preprocessing),
     }
-    data = save(weights, metadata)
+    data = save(weights, metadata | {"sha256": digest(weights, metadata)})
     _write(directory / TEACHER, lambda file: file.write(data))
 
 
@@ -130,6 +131,15 @@ def load_teacher(path: str | Path) -> DinoModel:
     return model.eval()
 
 
+def digest(weights: Mapping[str, Tensor], about: dict[str, Any]) -> str:
+    """SHA-256 of names and bits of the weights, and of plain values beside them, in hexadecimal digits."""
+    sha256 = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, value in sorted(weights.items()):
+        sha256.update(name.encode())
+        sha256.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
+
+
 def untrained_backbone(config: dict[str, Any]) -> nn.Module:
     """The backbone of that node of a config, with random weights whatever it says of pretrained ones."""
     return _construct({**config, **({"pretrained": False} if "pretrained" in config else {})})
@@ -141,6 +151,8 @@ def _in_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[st
 
     with safe_open(path, framework="pt") as file:
         metadata, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    if metadata.pop("sha256", None) != digest(weights, metadata):
+        raise ValueError("what is in it is not what was written")
     parts = {key: json.loads(metadata[key]) for key in ("backbone", "head")}
     return parts, json.loads(metadata["preprocessing"]), weights
 

@@ -30,7 +30,7 @@ import torch
 import yaml
 from torch import nn
 
-from dino.checkpoint import load_checkpoint, load_teacher, untrained_backbone
+from dino.checkpoint import FOLDER, load_checkpoint, load_teacher, read_checkpoint, untrained_backbone
 from dino.config import CONF, build, compose
 from dino.config.check import OWN, Rule
 from dino.config.machine import check_machine
@@ -214,10 +214,14 @@ def measures_of(config: dict[str, Any], subject: Subject) -> Measures:
 
 
 def of_checkpoints(measures: Measures, subject: Subject) -> dict[str, dict[str, float]]:
-    """The figures that need no labels, of every checkpoint of the run, the oldest first."""
-    paths = sorted((subject.run / "checkpoints").glob("*.pt")) if subject.run is not None else []
-    iterations = {path: torch.load(path, "cpu", weights_only=True, mmap=True)["iteration"] for path in paths}
-    each = sorted({at: path for path, at in iterations.items()}.items())  # the best is one of the others
+    """The figures that need no labels, of every checkpoint of the run that can be read, the oldest first."""
+    steps = []
+    for path in (subject.run / FOLDER).glob("*.pt") if subject.run is not None else ():
+        try:
+            steps.append((read_checkpoint(path)["iteration"], path))
+        except Exception as error:  # as in load_checkpoint
+            log.warning("%s cannot be read (%s) and is left out", path, str(error).split("\n")[0])
+    each = sorted(dict(steps).items())  # the best may be one of the others
     return {f"step {at}": measures.of(f"step {at}", load_teacher(path).backbone, ["unsupervised"]) for at, path in each}
 
 

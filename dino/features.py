@@ -2,9 +2,7 @@
 
 import contextlib
 import copy
-import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +18,8 @@ from tqdm import tqdm
 
 from dino.augmentation import EvalTransform
 from dino.broken import first_readable, note
+from dino.checkpoint import digest
+from dino.model import teacher_mode
 from dino.workers import Loader
 
 log = logging.getLogger(__name__)
@@ -102,11 +102,7 @@ def kept(folder: Path, what: dict[str, Any], weights: nn.Module, make: Callable[
     """
     from safetensors.torch import load_file, save_file
 
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())
-    for name, value in sorted(weights.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    path = folder / f"{digest.hexdigest()[:24]}.safetensors"
+    path = folder / f"{digest(weights.state_dict(), what)[:24]}.safetensors"
     if path.is_file():
         try:
             found = load_file(path)
@@ -142,7 +138,8 @@ def calibrate(
 
     An untrained network scores several points higher so: the honest figure to beat. Nothing is learned.
     """
-    calibrated = copy.deepcopy(backbone).train()
+    calibrated = copy.deepcopy(backbone)
+    teacher_mode(calibrated)  # no drop path, so no draws: measuring leaves a run's random state where it is
     norms = [module for module in calibrated.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()

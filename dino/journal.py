@@ -1,11 +1,13 @@
 """What happens between two steps: show, record, evaluate, checkpoint, stop. The loop itself knows nothing of it."""
 
+import contextlib
 import logging
 import math
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,6 +43,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._raises_in: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -52,16 +55,32 @@ class StopSignal:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it a signal raises Interrupted wherever the program is: for work that can be dropped and done again.
+
+        Not with several processes: a signal may reach one of them, and the others would wait for it.
+        """
+        self._raises_in = os.getpid() if place().world_size == 1 else None
+        try:
+            yield
+        finally:
+            self._raises_in = None
+
     def _note(self, signum: int, _: FrameType | None) -> None:
         self.signum = signum
         if place().world_size == 1:  # torchrun passes on the terminal's SIGINT, which its processes have had already
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would wait for whatever hangs
+        if self._raises_in == os.getpid():  # data workers, which are forks, have this handler too
+            raise Interrupted(signum)
 
 
 class Journal:
     """Called after every step with what the step knows; keeps the run's history, bar, loggers and checkpoints.
 
-    evaluate: () -> metrics of the teacher now, {} where there is nothing to measure. report: () -> None, after it.
+    evaluate: () -> metrics of the teacher now, {} where there is nothing to measure; it changes nothing that trains, so
+    that a signal can cut it short (but after the last step): a run that goes on from there evaluates first.
+    report: () -> None, after it.
     checkpoint: (iteration, the journal's own state, whether it is the best by k-NN) -> None.
     broken: grows by a sentence for each image, of `images` in all, that could not be read.
     Numbers stay on the device between log steps, so that a GPU is not waited for; every one is looked at all the same.
@@ -102,6 +121,7 @@ class Journal:
         nothing_yet: dict[str, Any] = {
             "epoch_loss": 0.0,
             "epoch_steps": 0,
+            "epoch_ended_at": 0,
             "last_knn": math.nan,
             "best_knn": -1.0,
             "training_seconds": 0.0,
@@ -144,12 +164,20 @@ class Journal:
         self.recent.append(torch.stack((loss, gradient_norm.to(loss))))
         self.monitor.see(teacher)
         self.bar.update()
-        at_epoch_end, at_end = done % self.steps_per_epoch == 0, done == self.total_steps
         if self._logs(step):
             self._record(done, now, gradient_norm, teacher, student, features)
         if self._logs(done):
             self.monitor.remember_weights()
-        best = (at_epoch_end or at_end) and self._end_of_epoch(done)
+        self._between_steps(done)
+
+    def end_interrupted_epoch(self) -> None:
+        """On resume: what a signal left undone between two epochs."""
+        if self._ends_epoch(self.first_step) and self.metrics["epoch_ended_at"] < self.first_step:
+            self._between_steps(self.first_step)
+
+    def _between_steps(self, done: int) -> None:
+        at_epoch_end = self._ends_epoch(done)
+        best = at_epoch_end and self._end_of_epoch(done)
         epoch = done // self.steps_per_epoch
         minutes = (time.monotonic() - self.last_save) / 60
         # A signal may reach one process alone, and clocks differ: all must do the same.
@@ -157,8 +185,8 @@ class Journal:
             self.stop.signum or 0, minutes >= self.checkpoint_every_minutes, len(self.broken)
         )
         if (
-            at_end
-            or step == self.first_step  # a full or odd disk shows at once
+            done == self.total_steps
+            or done <= self.first_step + 1  # a full or odd disk shows at once
             or overdue
             or (at_epoch_end and (best or epoch % self.checkpoint_every_epochs == 0))
             or signum
@@ -173,6 +201,9 @@ class Journal:
         if signum:
             largest(0)  # until the checkpoint is written: a launcher ends all when one process ends
             raise Interrupted(signum)
+
+    def _ends_epoch(self, done: int) -> bool:
+        return done % self.steps_per_epoch == 0 or done == self.total_steps
 
     def _logs(self, step: int) -> bool:
         return step % self.log_every_steps == 0 or step + 1 == self.total_steps
@@ -225,13 +256,17 @@ class Journal:
         """Evaluates where it is time, records the epoch; True where k-NN is the best so far."""
         if self.recent:
             self._look(done)
-        epoch = math.ceil(done / self.steps_per_epoch)
+        epoch, at_end = math.ceil(done / self.steps_per_epoch), done == self.total_steps
         measured: dict[str, float] = {}
-        if epoch % self.evaluate_every_epochs == 0 or done == self.total_steps:
-            measured = self.evaluate()
+        if epoch % self.evaluate_every_epochs == 0 or at_end:
+            try:
+                with contextlib.nullcontext() if at_end else self.stop.at_once():
+                    measured = self.evaluate()
+            except Interrupted:
+                return False
         values = {"loss": self.metrics["epoch_loss"] / (self.metrics["epoch_steps"] or math.nan), **measured}
         values["training_seconds"] = self.metrics["training_seconds"]
-        self.metrics["epoch_loss"], self.metrics["epoch_steps"] = 0.0, 0
+        self.metrics |= {"epoch_loss": 0.0, "epoch_steps": 0, "epoch_ended_at": done}
         self.history.record_epoch(epoch, iteration=done, **values)
         self.loggers.log({f"epoch/{name}": value for name, value in values.items()}, done)
         shown = [f"epoch {epoch}", f"loss {values['loss']:.4f}"]
@@ -242,7 +277,7 @@ class Journal:
         if "knn" in measured:
             self.metrics["last_knn"] = measured["knn"]
             self.metrics["best_knn"] = max(self.metrics["best_knn"], measured["knn"])
-        if measured or done == self.total_steps:
+        if measured or at_end:
             self._write_history(report=True)
         self.last_flush = time.monotonic()
         return best

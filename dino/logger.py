@@ -6,6 +6,7 @@ import importlib
 import io
 import netrc
 import os
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -135,6 +136,13 @@ class TensorBoardLogger:
         # Opened at the first step, since TensorBoard must be told from which one on to forget those of a killed run.
         self.open = functools.partial(SummaryWriter, str(directory / "tensorboard"))
         self.writer: Any = None
+        hook = threading.excepthook
+
+        def shown(arguments: threading.ExceptHookArgs) -> None:
+            if not type(arguments.thread).__module__.startswith("tensorboard."):  # its next flush raises the same here
+                hook(arguments)
+
+        threading.excepthook = shown
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.writer = self.writer or self.open(purge_step=step)

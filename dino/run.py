@@ -1,5 +1,6 @@
 """From a checked config to the objects of a run."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -57,6 +58,7 @@ class Run:
     total_steps: int
     student: DinoModel
     teacher: DinoModel
+    untrained: torch.nn.Module  # the backbone as it was before the first step of all, until it is measured
     loss: DinoLoss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -112,15 +114,18 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """The teacher's backbone by the evaluator; {} where there is nothing to measure."""
-        return self._measured(self.evaluator)
+        share_buffers(self.teacher)  # each process measures a share of the images, with one network
+        return self._measured(self.evaluator, self.teacher.backbone)
 
     def baselines(self) -> dict[str, float]:
-        return self._measured(self.evaluator.baselines)
+        """Of the untrained backbone and of raw pixels, at whatever step. Once: the backbone is then let go."""
+        measured = self._measured(self.evaluator.baselines, self.untrained.to(self.device))
+        del self.untrained
+        return measured
 
-    def _measured(self, measure: Callable[..., dict[str, float]]) -> dict[str, float]:
-        share_buffers(self.teacher)  # each process measures a share of the images, with one network
+    def _measured(self, measure: Callable[..., dict[str, float]], backbone: torch.nn.Module) -> dict[str, float]:
         return measure(
-            self.teacher.backbone,
+            backbone,
             self.train_set,
             self.val_set,
             device=self.device,
@@ -219,6 +224,7 @@ def assemble(config: dict[str, Any]) -> Run:
         total_steps=total_steps,
         student=student,
         teacher=teacher,
+        untrained=copy.deepcopy(teacher.backbone).cpu(),  # a GPU has better use for its memory
         loss=build(config["loss"], ncrops=transform.ncrops, n_global_crops=transform.n_global_crops).to(device),
         optimizer=optimizer,
         scaler=_scaler(device, precision, training["skip_nonfinite_steps"]),

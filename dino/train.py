@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from dino.model import DinoModel, update_teacher_EMA
 from dino.optimizer import clip_gradients
 from dino.refused import Refused
 from dino.scheduler import Schedule
+
+if TYPE_CHECKING:
+    from dino.journal import StopSignal
 
 log = logging.getLogger("dino.train")  # not __name__: that is __main__ under `python -m`
 
@@ -102,7 +105,7 @@ def run(config: dict[str, Any], directory: Path) -> float:
         return _go_on(config, directory, state, stop)
 
 
-def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None, stop: Any) -> float:
+def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None, stop: "StopSignal") -> float:
     from dino import memory
     from dino.broken import LIST
     from dino.checkpoint import FOLDER, set_rng_state
@@ -114,7 +117,7 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     from dino.run_directory import claim
 
     started = time.monotonic()
-    with together():
+    with together(), stop.at_once():
         run = assemble(config)
     with together():
         _check_same(run, state, directory)
@@ -127,8 +130,6 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     if state is not None:
         run.load_state_dict(state)
         log.info("resumed at step %d", start)
-    if baselines := history.metadata["baselines"]:
-        log.info("k-NN to beat: raw pixels %.1f %%, untrained backbone %.1f %%", *(100 * a for a in baselines.values()))
     loggers = Loggers(list(build(config["logger"] or {}).values()) if first else [])
     loggers.start(directory, config, None if state is None else state["wandb_run_id"])
     steps = run.steps(start)
@@ -137,7 +138,7 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
         history=history,
         loggers=loggers,
         monitor=Monitor(run.student, run.loss, quiet_steps=run.schedule.warmup_steps),
-        evaluate=lambda: memory.measured(run.evaluate),
+        evaluate=_evaluator(run, history),
         report=_reporter(run, config, directory, history),
         checkpoint=_checkpointer(run, config, directory, history, loggers, start),
         stop=stop,
@@ -168,6 +169,7 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     if state is not None and run.rank < len(state["rng"]):
         set_rng_state(state["rng"][run.rank])
     try:
+        journal.end_interrupted_epoch()
         with memory.said(_what_takes_it(run, config)):
             train(
                 student,
@@ -250,22 +252,35 @@ def _changed(before: dict[str, int], now: dict[str, int]) -> str:
 
 
 def _history(run: Any, config: dict[str, Any], directory: Path, state: dict[str, Any] | None) -> Any:
-    """The history so far, with the baselines in its metadata. All processes measure, the first keeps it on disk."""
+    """The history so far. The first process keeps it on disk; the others know its metadata."""
     from dino.history import History
-    from dino.memory import measured
 
-    if state is None:
+    if state is None or run.rank:
         history = History(config)
-        history.metadata |= {"total_steps": run.total_steps, "baselines": measured(run.baselines)}
-        return history
-    if run.rank:
-        history = History(config)
-        history.metadata["baselines"] = None
+        history.metadata |= {"total_steps": run.total_steps} if state is None else state["history"]["metadata"]
         return history
     try:
         return History.resume(directory / "history.json", state["history"], config)
     except (OSError, ValueError) as error:
         raise Refused(str(error)) from error
+
+
+def _evaluator(run: Any, history: Any) -> Callable[[], dict[str, float]]:
+    """A function that measures the teacher and, when first called in a run's life, what the teacher must beat."""
+    from dino.memory import measured
+
+    def evaluate() -> dict[str, float]:
+        if "baselines" not in history.metadata:
+            history.metadata["baselines"] = measured(run.baselines)
+            say()
+        return measured(run.evaluate)
+
+    def say() -> None:
+        if found := history.metadata.get("baselines"):
+            log.info("k-NN to beat: raw pixels %.1f %%, untrained backbone %.1f %%", *(100 * a for a in found.values()))
+
+    say()
+    return evaluate
 
 
 def _checkpointer(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from dino.backbone.vit_tiny import ViTTiny
 from dino.checkpoint import (
     check_read_back,
+    digest,
     load_checkpoint,
     load_teacher,
     rng_state,
@@ -204,6 +205,26 @@ def test_anyone_can_read_a_teacher_file_with_safetensors_alone(tmp_path):
     assert torch.equal(weights["backbone.cls_token"], teacher().backbone.cls_token)
     with safe_open(tmp_path / "teacher.safetensors", "pt") as file:
         assert json.loads(file.metadata()["backbone"]) == CONFIG["backbone"]
+
+
+@pytest.mark.parametrize("case", range(40))
+def test_a_flipped_bit_in_a_teacher_file_is_found_or_harmless(tmp_path, case):
+    save_teacher(tmp_path, teacher(), CONFIG, {"size": 64, "mean": (0.5, 0.4, 0.3), "std": (1.0, 1.0, 1.0)})
+    written, path = load_teacher(tmp_path), tmp_path / "teacher.safetensors"
+    content = bytearray(path.read_bytes())
+    header = int.from_bytes(content[:8], "little")
+    drawn = random.Random(case)
+    at = drawn.randrange(8 + header) if case % 2 else drawn.randrange(8 + header, len(content))
+    content[at] ^= 1 << drawn.randrange(8)
+    path.write_bytes(content)
+    try:
+        loaded = load_teacher(tmp_path)
+    except ValueError as error:
+        assert "cannot be read as a teacher.safetensors" in str(error)
+    else:
+        assert case % 2  # of the weights every bit counts
+        assert digest(loaded.state_dict(), {}) == digest(written.state_dict(), {})
+        assert (loaded.config, loaded.preprocessing) == (written.config, written.preprocessing)
 
 
 def test_what_is_no_teacher_file_is_refused_in_a_sentence(tmp_path):

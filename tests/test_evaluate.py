@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,18 @@ def home(tmp_path_factory):
 
 def config_of(*overrides):
     return compose([*QUICK, *overrides], "evaluate", CONF)
+
+
+def test_a_checkpoint_that_is_broken_is_left_out_of_the_figures_of_each(home, tmp_path, monkeypatch, caplog):
+    shutil.copytree(home / "outputs", tmp_path / "outputs")
+    monkeypatch.chdir(tmp_path)
+    broken = tmp_path / "outputs" / "a" / "checkpoints" / "step_000000001.pt"
+    content = bytearray(broken.read_bytes())
+    content[len(content) // 2] ^= 1
+    broken.write_bytes(content)
+    results = evaluate(config_of("run=outputs/a", "measures=[unsupervised]", "baselines=false"))
+    assert results.keys() == {"backbone"}  # with one checkpoint left there is nothing to compare
+    assert "step_000000001.pt cannot be read" in caplog.text
 
 
 def test_a_run_is_measured_beside_what_has_learned_nothing(home, monkeypatch, capsys):

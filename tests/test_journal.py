@@ -1,6 +1,7 @@
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,55 @@ def test_a_signal_is_acted_on_after_the_step_with_a_checkpoint(tmp_path, signum)
     assert stopped.value.signum == signum
     assert saved[-1][0] == 3
     assert signal.getsignal(signum) == before
+
+
+def interrupted(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    pytest.fail("the evaluation went on after the signal")
+
+
+def test_a_signal_in_an_evaluation_cuts_it_short_and_a_resumed_run_evaluates_first(tmp_path):
+    with StopSignal() as stop:
+        keeper, saved, _ = journal(tmp_path, stop, evaluate=interrupted)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            walk(keeper, [1, 2, 3, 4])
+        keeper.close()
+    iteration, metrics, best = saved[-1]
+    assert (iteration, best, metrics["epoch_loss"]) == (4, False, 10)
+    assert keeper.history.get_metric("epoch", "epoch") == []
+    resumed, saved, _ = journal(tmp_path / "resumed", start=4, metrics=metrics, measured=[{"knn": 0.5}])
+    resumed.end_interrupted_epoch()
+    assert [(iteration, best) for iteration, _, best in saved] == [(4, True)]
+    assert resumed.history.get_metric("loss", "epoch") == [2.5]
+    assert resumed.history.get_metric("knn", "epoch") == [0.5]
+    resumed.close()
+    again, saved, _ = journal(tmp_path / "again", start=4, metrics=saved[-1][1])
+    again.end_interrupted_epoch()
+    assert saved == []
+    again.close()
+
+
+def test_a_signal_in_the_evaluation_after_the_last_step_waits_for_it(tmp_path):
+    def evaluate():
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"knn": 0.5}
+
+    with StopSignal() as stop:
+        keeper, saved, _ = journal(tmp_path, stop, evaluate=evaluate, total_steps=4)
+        with pytest.raises(Interrupted):
+            walk(keeper, [1, 2, 3, 4])
+        keeper.close()
+    assert (saved[-1][0], saved[-1][1]["last_knn"]) == (4, 0.5)
+
+
+def test_data_workers_which_are_forks_do_not_take_a_signal_for_the_run_s():
+    with StopSignal() as stop, stop.at_once():
+        if (child := os.fork()) == 0:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os._exit(0 if stop.signum == signal.SIGTERM and sys.exc_info()[0] is None else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_second_interrupt_is_left_to_the_system_which_ends_the_process():

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import itertools
 import json
 import os
 import random
@@ -19,9 +20,12 @@ import torch
 from test_checkpoint import CONFIG, teacher
 from test_train import ROOT, TINY, assert_same_run, assert_same_state, final, program
 
+import dino.evaluator
+import dino.report
 from dino.checkpoint import load_checkpoint, save_checkpoint, save_teacher
 from dino.config import CONF, compose
 from dino.history import History
+from dino.journal import Interrupted
 from dino.logger import CSVLogger
 from dino.run_directory import DiskFull, claim, lock
 from dino.train import run
@@ -205,6 +209,43 @@ def test_a_signal_within_a_step_ends_the_run_in_15_seconds_of_its_end_and_a_seco
         assert f"stopped by {signum.name}; the same command resumes" in said
 
 
+@pytest.mark.parametrize("measured_before", [0, 2, 4], ids=["raw pixels", "untrained", "teacher"])
+def test_a_run_stopped_in_an_evaluation_resumes_with_it_and_ends_bit_identical(
+    measured_before, tmp_path, no_pictures, monkeypatch
+):
+    config = compose([*TINY, "training.max_steps=24"], "train", CONF)  # two epochs
+    run(config, tmp_path / "unbroken")
+    features_of, calls = dino.evaluator.features_of, itertools.count()
+
+    def stopped(*arguments):
+        if next(calls) == measured_before:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return features_of(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dino.evaluator, "features_of", stopped)
+        with pytest.raises(Interrupted):
+            run(config, tmp_path / "a")
+    assert final(tmp_path / "a")["iteration"] == 12
+    assert next(calls) == measured_before + 1  # the rest was not waited for
+    run(config, tmp_path / "a")
+    assert_same_end(tmp_path / "a", tmp_path / "unbroken")
+    ends = [History.load(tmp_path / name / "history.json") for name in ("a", "unbroken")]
+    assert ends[0].get_metric("knn", "epoch") == ends[1].get_metric("knn", "epoch")
+    assert ends[0].metadata["baselines"] == ends[1].metadata["baselines"]
+
+
+def test_a_signal_while_the_parts_are_built_is_not_waited_for(tmp_path, monkeypatch):
+    def build(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the building went on after the signal")
+
+    monkeypatch.setattr("dino.run.cached", build)
+    with pytest.raises(Interrupted):
+        run(compose(SHORT, "train", CONF), tmp_path / "a")
+    assert not (tmp_path / "a" / "checkpoints").exists()
+
+
 # ---- checkpoints that are broken ------------------------------------------------------------------------------------
 
 
@@ -307,9 +348,9 @@ def test_a_run_whose_disk_fills_up_stops_with_a_sentence_and_goes_on_when_there_
 
 
 def test_what_training_can_do_without_is_said_once_where_its_disk_is_full(disk, tmp_path, capsys, monkeypatch):
-    """Plots, log and TensorBoard lie on a full disk. The report, which takes seconds, is in test_train."""
+    """Plots, log and TensorBoard lie on a full disk."""
     monkeypatch.setattr("dino.report.write_report", lambda *_, **__: None)
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's thread shows a traceback of its own
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest's collects what threads fail with
     directory = tmp_path / "a"
     directory.mkdir()
     for name in ("plots", "tensorboard"):
@@ -332,6 +373,26 @@ def test_what_training_can_do_without_is_said_once_where_its_disk_is_full(disk, 
     assert [row.split(",")[0] for row in rows] == ["step", "1", "11", "12"]
     assert not [*tmp_path.rglob("*.tmp"), *tmp_path.rglob(".partial")]
     assert "Traceback" not in said
+
+
+def test_a_report_on_a_full_disk_leaves_the_one_before_and_training_goes_on(disk, monkeypatch, capsys):
+    write_report, before = dino.report.write_report, disk / "a" / "report.html"
+
+    def on_a_full_disk(*arguments, **named):
+        before.write_text("the one before")
+        fill(disk)
+        try:
+            write_report(*arguments, **named)
+        finally:
+            (disk / "filler").unlink()
+
+    monkeypatch.setattr("dino.report.write_report", on_a_full_disk)
+    monkeypatch.setattr(History, "plot_all", lambda *_, **__: None)
+    run(compose([*SHORT, "training.max_steps=1"], "train", CONF), disk / "a")
+    assert capsys.readouterr().err.count("report.html is not written: OSError: [Errno 28]") == 1
+    assert before.read_text() == "the one before"
+    assert not [*disk.rglob(".partial")]
+    assert final(disk / "a")["iteration"] == 1
 
 
 # ---- directories that are not ours ----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from dino.backbone.vit import ViT
 from dino.config import CONF, compose
 from dino.dataset.textures import Textures
 from dino.history import History
+from dino.run import assemble
 from dino.train import run, train
 
 aten = torch.ops.aten
@@ -366,6 +367,23 @@ def test_the_report_shows_how_the_run_ended_and_what_it_was_told(uninterrupted):
     page = (uninterrupted[0] / "outputs" / "a" / "report.html").read_text()
     for words in ("finished", "step 36 of 36", "raw pixels", "augmentation.num_local_views", "head 1", "t-SNE"):
         assert words in page, words
+
+
+def test_the_first_step_waits_for_no_measurement(tmp_path, monkeypatch):
+    def baselines(*_, **__):
+        (step,) = (tmp_path / "run" / "checkpoints").glob("step_*.pt")
+        assert step.stem == "step_000000001"
+        return {"raw_pixels": 0.1, "untrained": 0.2}
+
+    monkeypatch.setattr("dino.evaluator.KNN.baselines", baselines)
+    run(compose([*TINY, "training.max_steps=2"], "train", CONF), tmp_path / "run")
+    assert "k-NN to beat: raw pixels 10.0 %, untrained backbone 20.0 %" in (tmp_path / "run/train.log").read_text()
+
+
+def test_what_the_baselines_measure_is_the_backbone_before_the_first_step(tmp_path):
+    config = compose([*TINY, "training.max_steps=12", "optimizer.lr=0.1"], "train", CONF)
+    run(config, tmp_path / "run")
+    assert History.load(tmp_path / "run" / "history.json").metadata["baselines"] == assemble(config).baselines()
 
 
 def test_a_report_that_fails_is_said_and_ends_nothing(tmp_path, monkeypatch):

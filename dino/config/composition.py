@@ -10,7 +10,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from dino.config.node import did_you_mean, ended, shown
@@ -18,6 +18,8 @@ from dino.refused import Refused
 
 # Hydra has plain ValueErrors and TypeErrors too, for an override of a wrong kind (backbone=1).
 FAILURES = (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, AttributeError)
+
+SEVERAL = ("logger", "experiment")  # groups of which a run can have several options; of others two would be mixed
 
 
 def quoted(text: str) -> str:
@@ -71,7 +73,13 @@ def composed(overrides: list[str], config_name: str, directory: Path) -> tuple[D
 
 
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:
+    for override in OverridesParser.create().parse_overrides(overrides):
+        value, group = override.value(), override.key_or_group
+        if isinstance(value, list) and len(value) > 1 and group not in SEVERAL and _options(group):
+            raise HydraException("a run has one of them")
     config: DictConfig = hydra.compose(config_name, overrides, return_hydra_config=True)
+    if not isinstance(config.hydra.verbose, bool | str | ListConfig):  # hydra itself only asserts it
+        raise HydraException("expected true, false, or names of Python's loggers")
     plain(config)  # an interpolation may fail only when it is resolved
     return config
 
