@@ -28,7 +28,7 @@ from dino.refused import Refused
 from dino.scheduler import Schedule
 
 if TYPE_CHECKING:
-    from dino.journal import StopSignal
+    from dino.journal import Journal, StopSignal
 
 log = logging.getLogger("dino.train")  # not __name__: that is __main__ under `python -m`
 
@@ -108,11 +108,8 @@ def run(config: dict[str, Any], directory: Path) -> float:
 def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None, stop: "StopSignal") -> float:
     from dino import memory
     from dino.broken import LIST
-    from dino.checkpoint import FOLDER, set_rng_state
-    from dino.finite import Finite
-    from dino.journal import Journal
+    from dino.checkpoint import set_rng_state
     from dino.logger import Loggers
-    from dino.monitor import Monitor
     from dino.run import assemble
     from dino.run_directory import claim
 
@@ -133,34 +130,7 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     loggers = Loggers(list(build(config["logger"] or {}).values()) if first else [])
     loggers.start(directory, config, None if state is None else state["wandb_run_id"])
     steps = run.steps(start)
-    journal = Journal(
-        directory=directory,
-        history=history,
-        loggers=loggers,
-        monitor=Monitor(run.student, run.loss, quiet_steps=run.schedule.warmup_steps),
-        evaluate=_evaluator(run, history),
-        report=_reporter(run, config, directory, history),
-        checkpoint=_checkpointer(run, config, directory, history, loggers, start),
-        stop=stop,
-        broken=run.broken,
-        images=len(run.train_set) + len(run.val_set),
-        finite=Finite(
-            directory / FOLDER,
-            lambda step: [_named(run.train_set, index) for index in steps.sampler.of_step(step - 1)],
-            skip=config["training"]["skip_nonfinite_steps"],
-            scaled=run.precision == "fp16",
-        ),
-        start=start,
-        total_steps=run.total_steps,
-        steps_per_epoch=run.steps_per_epoch,
-        effective_batch=run.effective_batch,
-        log_every_steps=config["log_every_steps"],
-        evaluate_every_epochs=config["evaluate_every_epochs"],
-        checkpoint_every_epochs=config["checkpoint"]["every_epochs"],
-        checkpoint_every_minutes=float(config["checkpoint"]["every_minutes"]),
-        metrics=state and state["metrics"],
-        writes=first,
-    )
+    journal = _journal(run, config, directory, state, history, loggers, steps, stop)
     if config["compile"]:
         run.student.compile()
         run.teacher.compile()
@@ -197,6 +167,53 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
         directory / "report.html",
     )
     return float(journal.metrics["last_knn"])
+
+
+def _journal(
+    run: Any,
+    config: dict[str, Any],
+    directory: Path,
+    state: dict[str, Any] | None,
+    history: Any,
+    loggers: Any,
+    steps: Any,
+    stop: "StopSignal",
+) -> "Journal":
+    """What is done between two steps, with all that it keeps."""
+    from dino.checkpoint import FOLDER
+    from dino.finite import Finite
+    from dino.journal import Journal
+    from dino.monitor import Monitor
+
+    start = 0 if state is None else state["iteration"]
+    return Journal(
+        directory=directory,
+        history=history,
+        loggers=loggers,
+        monitor=Monitor(run.student, run.loss, quiet_steps=run.schedule.warmup_steps),
+        evaluate=_evaluator(run, history),
+        report=_reporter(run, config, directory, history),
+        checkpoint=_checkpointer(run, config, directory, history, loggers, start),
+        stop=stop,
+        broken=run.broken,
+        images=len(run.train_set) + len(run.val_set),
+        finite=Finite(
+            directory / FOLDER,
+            lambda step: [_named(run.train_set, index) for index in steps.sampler.of_step(step - 1)],
+            skip=config["training"]["skip_nonfinite_steps"],
+            scaled=run.precision == "fp16",
+        ),
+        start=start,
+        total_steps=run.total_steps,
+        steps_per_epoch=run.steps_per_epoch,
+        effective_batch=run.effective_batch,
+        log_every_steps=config["log_every_steps"],
+        evaluate_every_epochs=config["evaluate_every_epochs"],
+        checkpoint_every_epochs=config["checkpoint"]["every_epochs"],
+        checkpoint_every_minutes=float(config["checkpoint"]["every_minutes"]),
+        metrics=state and state["metrics"],
+        writes=run.rank == 0,
+    )
 
 
 def _what_takes_it(run: Any, config: dict[str, Any]) -> str:

@@ -34,7 +34,8 @@ from launch.cluster import remarks
 from launch.job import Job
 
 ROOT = Path(__file__).resolve().parents[1]
-TYPES: dict[str, Any] = {  # of settings that are numbers; those of sbatch's own are for sbatch to judge
+TYPES: dict[str, Any] = {  # of what submitit itself works with; sbatch judges the rest. Numbers are above 0
+    "submitit_folder": str,
     "nodes": int,
     "gpus_per_node": int | None,
     "tasks_per_node": int | None,
@@ -43,6 +44,9 @@ TYPES: dict[str, Any] = {  # of settings that are numbers; those of sbatch's own
     "timeout_min": int,
     "signal_delay_s": int,
     "array_parallelism": int,
+    "additional_parameters": dict[str, Any] | None,
+    "setup": list[str] | None,
+    "srun_args": list[str] | None,
 }
 
 
@@ -102,14 +106,15 @@ def settings_of(overrides: list[str], sweep: Path) -> tuple[dict[str, Any], list
     for key, hint in TYPES.items():
         try:
             value = fitted(settings.get(key), hint)
-            holds = value is None or value > 0
+            holds = not isinstance(value, int | float) or value > 0
         except Misfit:
             holds = False
         if not holds:
             value, name, expected = settings.get(key), key, described(hint)
             if key == "timeout_min":
-                value, name, expected = value / 60 if isinstance(value, int) else value, "hours", "a number"
-            problems.append(f"slurm.{name}={shown(value)}: expected {expected}, above 0.")
+                minutes = isinstance(value, int) and abs(value) < 2**63  # else it is what was given as hours
+                value, name, expected = value / 60 if minutes else value, "hours", "a number"
+            problems.append(f"slurm.{name}={shown(value)}: expected {expected}{', above 0' * ('number' in expected)}.")
     if not problems and 2 * settings["signal_delay_s"] > 60 * settings["timeout_min"]:
         problems.append(
             f"slurm.signal_delay_s={settings['signal_delay_s']}: expected at most half of the time limit, which is "

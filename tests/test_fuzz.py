@@ -13,7 +13,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
+from test_dataset import serve_cifar10
 
 from dino.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from dino.backbone.vit_tiny import ViTTiny
@@ -86,6 +88,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "imagenette": (["dataset=imagenette", "dataset.root=DATA", *BACKBONE], "dataset.train"),
     "imagenet100": (["dataset=imagenet100", "dataset.root=DATA/imagenet100", *BACKBONE], "dataset.train"),
     "tar": (["dataset=tar", "dataset.root=DATA/tar", *BACKBONE], "dataset.train"),
+    "cifar10": (["dataset=cifar10", "dataset.root=DATA/cifar10", *BACKBONE], "dataset.train"),
     "hf": (["dataset=hf", "dataset.train.path=DATA/folder", *BACKBONE], "dataset.train"),
 }
 
@@ -109,7 +112,9 @@ def data(tmp_path_factory):
         with tarfile.open(top / "tar" / f"{split}-0.tar", "w") as tar:
             for path in (top / "folder" / split).glob("*/*.png"):
                 tar.add(path, f"{path.parent.name}{path.name}")
-    return top
+    with pytest.MonkeyPatch.context() as sums:
+        serve_cifar10(top / "cifar10", "", sums)
+        yield top
 
 
 @pytest.fixture(autouse=True)
@@ -383,6 +388,36 @@ def test_a_run_that_is_not_there_is_said_in_a_sentence(name, wrong, tmp_path, mo
     lines = refused(program.main, *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert len(lines) == 1 and (wrong[:20] in lines[0] or "expected" in lines[0])
     assert {path.name for path in tmp_path.iterdir()} == {"file", "empty"}
+
+
+SLURM = OmegaConf.load(CONF / "hydra" / "launcher" / "slurm.yaml").launcher
+
+
+@pytest.mark.parametrize(("one_in"), [12, pytest.param(1, marks=[pytest.mark.soak, pytest.mark.timeout(3000)])])
+def test_a_setting_of_slurm_is_refused_naming_it_or_stands_in_the_script(one_in, tmp_path, monkeypatch, capsys):
+    from launch.slurm import main
+
+    monkeypatch.setenv("PATH", "")  # a squeue without a cluster takes nine seconds to say so
+    found, tried = {}, 0
+    for key in ["hours", *SLURM.keys() - {"_target_", "timeout_min"}]:  # slurm=NAME and hours are their names here
+        for text in BAD:
+            if zlib.crc32(f"{key} {text}".encode()) % one_in:
+                continue
+            tried += 1
+            monkeypatch.setattr(sys, "argv", ["launch.slurm", "--dry-run", *TEXTURES, f"slurm.{key}={text}"])
+            try:
+                main()
+            except SystemExit as stopped:
+                said = capsys.readouterr()
+                wrong = complaint(said.err.splitlines(), key) if (stopped.code, said.out) == (2, "") else said
+            except Exception as error:
+                wrong = f"{type(error).__name__}: {error}"
+            else:
+                wrong = None if capsys.readouterr().out.startswith("#!/bin/bash\n") else "no script"
+            found |= {f"slurm.{key}={text[:60]}": wrong} if wrong else {}
+    assert tried >= 20
+    assert found == {}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_option_of_the_training_program_is_two_lines(monkeypatch, capsys):

@@ -411,7 +411,7 @@ def test_other_settings_in_its_directory_are_refused(uninterrupted):
     assert "Traceback" not in refused.stderr
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_killed_at_a_random_moment_and_started_again_ends_bit_identical(uninterrupted, tmp_path, workers):
     reference = uninterrupted[0] / "outputs" / "a"
     command = [*TINY, "name=a", f"training.num_workers={workers}", "checkpoint.every_minutes=0.002"]
@@ -435,7 +435,9 @@ def test_a_run_killed_at_a_random_moment_and_started_again_ends_bit_identical(un
     assert_same_run(tmp_path / "outputs" / "a", reference)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGINT, signal.SIGUSR2))]
+)
 def test_a_signal_lets_the_step_end_saves_and_the_same_command_resumes(uninterrupted, tmp_path, signum):
     arguments = [sys.executable, "-m", "dino.train", *TINY, "name=a"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -514,6 +516,7 @@ def test_all_is_compiled_in_the_first_step_and_names_stay(tmp_path, monkeypatch)
     assert "backbone.cls_token" in final(tmp_path / "outputs" / "a")["student"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "imagenette2-160").is_dir(), reason="no copy of ImageNette beside the checkout")
 def test_the_paper_s_vit_trains_on_real_photographs(tmp_path):
     done = program(

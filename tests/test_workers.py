@@ -105,6 +105,7 @@ def test_a_worker_that_no_signal_but_kill_reaches_is_not_waited_for(monkeypatch)
         assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_a_worker_of_the_evaluation_is_not_waited_for_either(monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 6.0)  # a start on a busy machine takes two
     images = Gray(sleep_for_ever_at(40))

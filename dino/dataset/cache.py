@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import get_size, pil_to_tensor, resize
+from tqdm import tqdm
 
 from dino.dataset.encoded import BrokenImage
 from dino.device import free_memory
@@ -64,7 +65,8 @@ class Cached(Dataset[tuple[Tensor, int]]):
             return bounded.permute(1, 2, 0).flatten()
 
         with ThreadPoolExecutor() as pool:  # threads are enough: decoders let go of the interpreter
-            for start in range(0, len(dataset), BLOCK):
+            blocks = range(0, len(dataset), BLOCK)
+            for start in tqdm(blocks, leave=False, unit="image", unit_scale=BLOCK, disable=None):  # None: on terminals
                 block = torch.cat(list(pool.map(decode, range(start, min(start + BLOCK, len(dataset))))))
                 self.blocks.append(block.to(self.device))
         self.starts = [0, *accumulate(3 * height * width for height, width in self.shapes.tolist())]
