@@ -57,12 +57,15 @@ class StopSignal:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within it a signal raises Interrupted wherever the program is: for work that can be dropped and done again.
+        """Within it a signal raises Interrupted wherever the program is, and one that came before at its beginning: for
+        work that can be dropped and done again.
 
         Not with several processes: a signal may reach one of them, and the others would wait for it.
         """
         self._raises_in = os.getpid() if place().world_size == 1 else None
         try:
+            if self._raises_in is not None and self.signum is not None:
+                raise Interrupted(self.signum)
             yield
         finally:
             self._raises_in = None

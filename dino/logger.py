@@ -136,13 +136,8 @@ class TensorBoardLogger:
         # Opened at the first step, since TensorBoard must be told from which one on to forget those of a killed run.
         self.open = functools.partial(SummaryWriter, str(directory / "tensorboard"))
         self.writer: Any = None
-        hook = threading.excepthook
-
-        def shown(arguments: threading.ExceptHookArgs) -> None:
-            if not type(arguments.thread).__module__.startswith("tensorboard."):  # its next flush raises the same here
-                hook(arguments)
-
-        threading.excepthook = shown
+        self.hook = threading.excepthook
+        threading.excepthook = self._shown
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.writer = self.writer or self.open(purge_step=step)
@@ -151,8 +146,14 @@ class TensorBoardLogger:
         self.writer.flush()  # a checkpoint may follow: its steps will not be logged again
 
     def finish(self) -> None:
+        threading.excepthook = self.hook
         if self.writer is not None:
             self.writer.close()
+
+    def _shown(self, arguments: threading.ExceptHookArgs) -> None:
+        """What a thread of TensorBoard's fails with its next flush raises: a traceback of it is no news."""
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            self.hook(arguments)
 
 
 class WandbLogger:

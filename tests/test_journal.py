@@ -209,6 +209,16 @@ def test_a_signal_in_an_evaluation_cuts_it_short_and_a_resumed_run_evaluates_fir
     again.close()
 
 
+def test_a_signal_in_the_last_step_of_an_epoch_is_not_kept_waiting_for_the_evaluation(tmp_path):
+    with StopSignal() as stop:
+        keeper, saved, _ = journal(tmp_path, stop, evaluate=lambda: pytest.fail("it was begun"))
+        walk(keeper, [1, 1, 1])
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            take(keeper, 3, 1)
+    assert saved[-1][0] == 4
+
+
 def test_a_signal_in_the_evaluation_after_the_last_step_waits_for_it(tmp_path):
     def evaluate():
         os.kill(os.getpid(), signal.SIGTERM)
