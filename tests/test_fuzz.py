@@ -6,6 +6,7 @@ thousand, of which a plain `make test` takes a few from everywhere, always the s
 
 import copy
 import math
+import shutil
 import sys
 import tarfile
 import zlib
@@ -89,7 +90,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "imagenet100": (["dataset=imagenet100", "dataset.root=DATA/imagenet100", *BACKBONE], "dataset.train"),
     "tar": (["dataset=tar", "dataset.root=DATA/tar", *BACKBONE], "dataset.train"),
     "cifar10": (["dataset=cifar10", "dataset.root=DATA/cifar10", *BACKBONE], "dataset.train"),
-    "hf": (["dataset=hf", "dataset.train.path=DATA/folder", *BACKBONE], "dataset.train"),
+    "hf": (["dataset=hf", "dataset.train.path=PLAIN/folder", *BACKBONE], "dataset.train"),
 }
 
 
@@ -112,8 +113,9 @@ def data(tmp_path_factory):
         with tarfile.open(top / "tar" / f"{split}-0.tar", "w") as tar:
             for path in (top / "folder" / split).glob("*/*.png"):
                 tar.add(path, f"{path.parent.name}{path.name}")
+    shutil.copytree(top / "folder", top.parent / "folder")  # the datasets package takes [a] in a path for a pattern
     with pytest.MonkeyPatch.context() as sums:
-        serve_cifar10(top / "cifar10", "", sums)
+        serve_cifar10(top / "cifar10", "http://localhost:9", sums)  # where nobody answers
         yield top
 
 
@@ -138,7 +140,8 @@ def nothing_from_elsewhere(tmp_path, monkeypatch):
 
 def composed(option: str, data) -> dict:
     overrides, _ = OPTIONS[option]
-    return compose([*SMALL, *(text.replace("DATA", str(data)) for text in overrides)], "train", CONF)
+    found = [text.replace("DATA", str(data)).replace("PLAIN", str(data.parent)) for text in overrides]
+    return compose([*SMALL, *found], "train", CONF)
 
 
 def keys_of(node: dict, below: str = "", prefix: str = ""):
