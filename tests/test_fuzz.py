@@ -275,7 +275,7 @@ def test_what_only_a_whole_run_reads_is_right_in_it(option, data, tmp_path):
             ran += 1
             run(config, tmp_path / f"outputs/{ran}")
             assert (tmp_path / f"outputs/{ran}/teacher.safetensors").exists(), (key, value)
-    assert ran > 10
+    assert ran >= 10
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------

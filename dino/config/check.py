@@ -88,7 +88,7 @@ OWN: dict[str, Rule] = {
     "dataset.num_local_views": _from(0),
     "dataset.global_scale": Rule(tuple[float, float]),
     "dataset.local_scale": Rule(tuple[float, float]),
-    "dataset.out_dim": _from(2),
+    "dataset.out_dim": Rule(int, "a whole number from 2 to 10,000,000", lambda v: 2 <= v <= 10**7),
     "dataset.teacher_momentum": FRACTION,
     "dataset.eval_size": _from(1),
     "dataset.evaluate_every_epochs": _from(1),
