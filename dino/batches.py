@@ -138,7 +138,8 @@ def steps_in_epoch(images: int, batch_size: int, passes: int) -> int:
     if images < batch_size * passes:
         raise Refused(
             f"one step takes {batch_size * passes} images (batch_size {batch_size} x {passes} passes), "
-            f"and the dataset has {images}: lower training.batch_size or the accumulation."
+            f"and the dataset has {images}: lower training.batch_size, "
+            "training.gradient_accumulation_steps or training.effective_batch."
         )
     return images // (batch_size * passes)
 

@@ -149,7 +149,7 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
                 run.optimizer,
                 run.schedule,
                 accumulation=run.accumulation,
-                max_norm=config["training"]["gradient_clip"] or math.inf,
+                max_norm=float(config["training"]["gradient_clip"] or math.inf),
                 autocast=run.autocast,
                 scaler=run.scaler,
                 after_step=journal,

@@ -463,6 +463,13 @@ def test_options_reach_timm():
 
 
 @needs_timm
+def test_timm_s_weights_that_are_not_to_be_had_are_said_with_the_key_to_set(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="no pretrained weights of resnet10t are .* backbone.pretrained=false"):
+        Timm("resnet10t", pretrained=True)
+
+
+@needs_timm
 def test_a_name_that_timm_does_not_know_is_told_near_ones():
     with pytest.raises(ValueError, match=r"got 'resnet10'\. Did you mean resnet10t"):
         Timm("resnet10")

@@ -13,7 +13,8 @@ class Timm(nn.Module):
     options go to timm.create_model (drop_path_rate=0.1, img_size=64, ...). Models that can take images of any size
     when told so (dynamic_img_size) are told so: ViTs then take multiples of their patch size. Some (Swin, for one) take
     only the size that they were made for.
-    Raises ValueError for a name that timm does not know, ImportError where timm is not installed.
+    Raises ValueError for a name that timm does not know, ImportError where timm is not installed, FileNotFoundError
+    where the pretrained weights are not to be had.
     """
 
     def __init__(self, name: str, pretrained: bool = False, **options: Any) -> None:
@@ -30,9 +31,17 @@ class Timm(nn.Module):
             raise ValueError(f"Timm: name must be a model of timm, got {name!r}. {hint}")
         options = {"pretrained": pretrained, "num_classes": 0, **options}
         try:
-            self.network: Any = timm.create_model(name, **{"dynamic_img_size": True, **options})
-        except TypeError:  # a convolutional network knows no such option
-            self.network = timm.create_model(name, **options)
+            try:
+                self.network: Any = timm.create_model(name, **{"dynamic_img_size": True, **options})
+            except TypeError:  # a convolutional network knows no such option
+                self.network = timm.create_model(name, **options)
+        except (OSError, RuntimeError) as error:  # no network, no such weights
+            if not pretrained:
+                raise
+            raise FileNotFoundError(
+                f"Timm: no pretrained weights of {name} are to be had ({' '.join(str(error).split())[:200]}). "
+                "Connect to a network once, or set backbone.pretrained=false."
+            ) from error
         # The width of the features: some models (MobileNet-V3) have one more layer between the last map and them.
         self.output_dim: int = getattr(self.network, "head_hidden_size", self.network.num_features)
 
