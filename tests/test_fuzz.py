@@ -1,6 +1,6 @@
 """Every key of the configuration with every bad value: refused in sentences that name it, or a run that is right.
 
-The cases are made of the composed configuration itself, of the default one and of each option of each group: some two
+The cases are made of the composed configuration itself, of the default one and of each option of each group: some five
 thousand, of which a plain `make test` takes a few from everywhere, always the same.
 """
 
