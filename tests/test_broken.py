@@ -65,6 +65,7 @@ def with_broken(tmp_path, per_class, broken):
     return f"dataset.root={images}"
 
 
+@pytest.mark.slow
 def test_a_run_passes_over_a_few_broken_images_and_lists_them(tmp_path):
     root = with_broken(tmp_path, 120, [3, 59])  # train and val alike: the evaluation reads all of them
     done = program(*RUN, root, cwd=tmp_path)

@@ -219,6 +219,7 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(home, monkeypatch, ove
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_the_program_answers_a_mistake_with_status_2_and_help_with_the_keys(tmp_path):
     done = program("dino.evaluate", "run=nowhere", cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not [*tmp_path.iterdir()]

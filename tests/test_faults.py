@@ -284,6 +284,7 @@ def test_a_worker_that_dies_or_hangs_ends_the_run_which_goes_on_from_its_checkpo
     assert final(tmp_path / "a")["iteration"] == 36
 
 
+@pytest.mark.slow
 def test_a_worker_of_the_evaluation_that_hangs_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 2.0)
     with pytest.raises(WorkerLost, match="have handed over nothing for 2 s"):

@@ -239,6 +239,7 @@ assert counters["stats"]["unique_graphs"] == 1, counters
 """
 
 
+@pytest.mark.slow
 def test_compiled_it_gives_the_same_and_is_compiled_once_whatever_is_drawn():
     """In a process of its own: the compiler does not see through the checks of shapes that are on in this one."""
     root = Path(__file__).parents[1]

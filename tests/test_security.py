@@ -97,6 +97,7 @@ def bytes_of(directory):
                     yield from ((f"{path.name}/{name}", archive.read(name)) for name in archive.namelist())
 
 
+@pytest.mark.slow
 def test_a_key_of_wandb_is_in_no_file_that_a_run_writes(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_MODE", "offline")

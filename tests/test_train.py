@@ -221,7 +221,7 @@ WNIDS = [
 ]
 
 
-LARGE = re.compile("resnet(50|101|152)|.*vitb.*|imagenet_vits16|kaggle_.*|imagenette_(vits16|resnet18)")
+LARGE = re.compile("resnet(34|50|101|152)|dino_vit(s8|b8|b16)|timm|kaggle_.*|image(net|nette)_(vits16|resnet18)")
 
 
 @pytest.mark.parametrize(
@@ -471,6 +471,7 @@ def test_a_step_larger_than_the_data_is_refused_and_leaves_nothing(tmp_path):
     assert not [*tmp_path.rglob("config.yaml")]
 
 
+@pytest.mark.slow
 def test_unlabelled_images_train_without_knn_saying_so(tmp_path):
     images = stand_in(tmp_path, "folder", per_class=12)
     flat = tmp_path / "flat"
@@ -495,6 +496,7 @@ def test_a_run_starts_from_the_teacher_of_another(uninterrupted, tmp_path):
     assert torch.equal(first["backbone.cls_token"], last["backbone.cls_token"])
 
 
+@pytest.mark.slow
 def test_weights_of_another_architecture_are_refused(uninterrupted, tmp_path):
     refused = program("init_from=" + str(uninterrupted[0] / "outputs" / "a"), cwd=tmp_path)
     assert refused.returncode == 2

@@ -92,6 +92,7 @@ def test_a_worker_that_hangs_is_named_and_killed_after_the_patience(monkeypatch)
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_a_worker_that_no_signal_but_kill_reaches_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 6.0)  # a start on a busy machine takes two
     for stopped in (0, 1):
