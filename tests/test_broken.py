@@ -1,5 +1,3 @@
-import re
-
 import pytest
 from test_train import SMALL, program, stand_in
 
@@ -89,7 +87,7 @@ def test_a_run_ends_where_more_than_one_percent_is_broken_and_goes_on_when_they_
     (good.parent / "2.JPEG").write_bytes(good.read_bytes())
     done = program(*RUN, root, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"resumed at step [1-3]\b", done.stderr)
+    assert "resumed at step 2\n" in done.stderr, done.stderr
 
 
 def test_a_list_of_files_that_changed_is_not_resumed(tmp_path):
