@@ -1,9 +1,19 @@
 """The projection head between the backbone's features and the K outputs that student and teacher compare."""
 
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+
+
+class Factors(NamedTuple):
+    """Logits as the two whose product they are, bottleneck @ weight.T: much smaller where there are many prototypes."""
+
+    bottleneck: Float[Tensor, "samples bottleneck"]
+    weight: Float[Tensor, "outputs bottleneck"]
 
 
 class DinoProjectionHead(nn.Module):
@@ -61,6 +71,12 @@ class DinoProjectionHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "batch {self.input_dim}"]) -> Float[Tensor, "batch {self.output_dim}"]:
         """Logits, before any temperature or centering."""
-        bottleneck = F.normalize(self.mlp(features), dim=-1)
-        logits: Tensor = self.last_layer(bottleneck)
-        return logits
+        return F.linear(*self.factors(features))
+
+    def factors(self, features: Float[Tensor, "batch {self.input_dim}"]) -> Factors:
+        """The same before the last product, which the loss then computes for some images at a time."""
+        bottleneck, weight = F.normalize(self.mlp(features), dim=-1), self.last_layer.weight
+        if torch.is_autocast_enabled(features.device.type):  # once, where a product of each part would do it again
+            dtype = torch.get_autocast_dtype(features.device.type)
+            bottleneck, weight = bottleneck.to(dtype), weight.to(dtype)
+        return Factors(bottleneck, weight)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from dino.broken import LIST, MOST, TooManyBroken, too_many
 from dino.distributed import averaged, largest, place
 from dino.finite import Finite
+from dino.head import Factors
 from dino.history import History
 from dino.logger import Loggers
 from dino.monitor import Monitor
@@ -159,7 +160,7 @@ class Journal:
         loss: Tensor,
         gradient_norm: Tensor,
         teacher: Tensor,
-        student: Tensor,
+        student: Factors,
         features: Tensor,
     ) -> None:
         """`step` counts from 0; `iteration` in the history and on checkpoints is the number of updates done."""
@@ -212,7 +213,7 @@ class Journal:
         return step % self.log_every_steps == 0 or step + 1 == self.total_steps
 
     def _record(
-        self, done: int, now: Values, gradient_norm: Tensor, teacher: Tensor, student: Tensor, features: Tensor
+        self, done: int, now: Values, gradient_norm: Tensor, teacher: Tensor, student: Factors, features: Tensor
     ) -> None:
         images_per_second = self._look(done)
         figures = self.monitor.measure(teacher, student, features, now.teacher_temp)

@@ -3,11 +3,15 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dino.distributed import averaged
+from dino.head import Factors
+
+MOST_LOGITS = 2**23  # of the student at a time: 34 MB in fp32, of 65,536 prototypes and 10 views those of 12 images
 
 
 class DinoLoss(nn.Module):
@@ -15,8 +19,9 @@ class DinoLoss(nn.Module):
 
     `center` is a buffer: checkpoints hold it. It moves by `update_center` alone, once a step, so that `forward` changes
     nothing and a batch in parts gives the loss of the batch whole. Softmax and loss are in fp32 (fp64 stays fp64)
-    whatever autocast says, a view at a time and computed again in the backward pass: logits in half precision are
-    never whole in fp32 (of 10 views, 64 images and 65,536 prototypes that would be 168 MB).
+    whatever autocast says, of some images at a time, and computed again in the backward pass, the last layer's product
+    with them: what is out_dim wide is never whole (of 10 views, 64 images and 65,536 prototypes that would be 168 MB,
+    and the gradient as much).
     """
 
     center: Tensor
@@ -49,28 +54,26 @@ class DinoLoss(nn.Module):
 
     def forward(
         self,
-        student: Float[Tensor, "ncrops_x_batch out_dim"],
+        student: Float[Tensor, "ncrops_x_batch out_dim"] | Factors,
         teacher: Float[Tensor, "globals_x_batch out_dim"],
         teacher_temp: float | None = None,
     ) -> Float[Tensor, ""]:
         """Logits in view order (all images of view 1, then of view 2, ...; global views first) to a scalar >= 0.
 
-        `teacher_temp` is the schedule's value for this step; None: the one of the constructor.
+        The student's may be given as their factors. `teacher_temp` is the schedule's value for this step; None: the
+        one of the constructor.
         """
-        with torch.autocast(student.device.type, enabled=False):
-            targets = self._probabilities(teacher, teacher_temp).chunk(self.n_global_crops)
-            of_all = sum(targets)
-            total = torch.zeros((), device=student.device)
-            for view, logits in enumerate(student.chunk(self.ncrops)):
-                # A cross-entropy is linear in its target: one with the sum of the targets is all pairs of this view.
-                others = [target for i, target in enumerate(targets) if i != view]
-                target = of_all if len(others) == len(targets) else sum(others)
-                if others:
-                    total = total + checkpoint(
-                        self._cross_entropy, logits, target, len(others), use_reentrant=False, preserve_rng_state=False
-                    )
-            pairs = self.n_global_crops * (self.ncrops - 1)
-            return total * self.ncrops / (pairs * len(student))
+        outputs, weight = student if isinstance(student, Factors) else (student, None)
+        images = len(outputs) // self.ncrops
+        of_views, of_globals = outputs.view(self.ncrops, images, -1), teacher.view(self.n_global_crops, images, -1)
+        parts = math.ceil(self.ncrops * images * self.out_dim / MOST_LOGITS)
+        total = torch.zeros((), device=outputs.device)
+        with torch.autocast(outputs.device.type, enabled=False):
+            for part in zip(of_views.chunk(parts, dim=1), of_globals.chunk(parts, dim=1), strict=True):
+                total = total + checkpoint(
+                    self._of_images, *part, weight, teacher_temp, use_reentrant=False, preserve_rng_state=False
+                )
+        return total / (self.n_global_crops * (self.ncrops - 1) * images)
 
     @torch.no_grad()
     def update_center(self, teacher: Float[Tensor, "rows out_dim"]) -> None:
@@ -93,11 +96,15 @@ class DinoLoss(nn.Module):
         of_each = averaged(-torch.xlogy(p, p).sum(dim=-1).mean())
         return of_each / math.log(self.out_dim), -torch.xlogy(mean, mean).sum() / math.log(self.out_dim)
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor, weight: int) -> Tensor:
-        """Sum over the batch for a target that sums to `weight`. Less the maximum no term is below zero."""
+    def _of_images(self, outputs: Tensor, teacher: Tensor, weight: Tensor | None, teacher_temp: float | None) -> Tensor:
+        """The sum over some images and all pairs of their views: [ncrops, images, ...] and [globals, images, K]."""
+        logits = outputs if weight is None else F.linear(outputs, weight)
+        p = self._probabilities(teacher, teacher_temp)
+        # A cross-entropy is linear in its target: one with the sum of the targets is all pairs of a view.
+        others = [torch.cat([p[:view], p[view + 1 :]]).sum(dim=0) for view in range(len(p))]
+        targets = torch.stack(others + [p.sum(dim=0)] * (self.ncrops - len(p)))
         scaled = _at_least_fp32(logits) / self.student_temp
-        scaled = scaled - scaled.detach().amax(dim=-1, keepdim=True)
-        return weight * scaled.logsumexp(dim=-1).sum() - (target * scaled).sum()
+        return F.cross_entropy(scaled.flatten(0, 1), targets.flatten(0, 1), reduction="sum")
 
     def _probabilities(self, teacher: Tensor, teacher_temp: float | None) -> Tensor:
         """Centered and sharpened (Sec. 3.1)."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino.distributed import whole
+from dino.head import Factors
 
 
 class DinoModel(nn.Module):
@@ -26,17 +27,26 @@ class DinoModel(nn.Module):
     def forward(
         self, views: Tensor | Sequence[Tensor], return_backbone_features: Literal[True]
     ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, views: Tensor | Sequence[Tensor], *, factored: Literal[True]) -> Factors: ...
     def forward(
         self,
         views: Float[Tensor, "batch 3 height width"] | Sequence[Float[Tensor, "_ 3 _ _"]],
         return_backbone_features: bool = False,
-    ) -> Float[Tensor, "samples outputs"] | tuple[Float[Tensor, "samples outputs"], Float[Tensor, "samples features"]]:
+        *,
+        factored: bool = False,
+    ) -> (
+        Float[Tensor, "samples outputs"]
+        | tuple[Float[Tensor, "samples outputs"], Float[Tensor, "samples features"]]
+        | Factors
+    ):
         """Outputs of one view or of a list of views, in the order of the views: view 0's batch, view 1's, ...
 
         A list costs one pass of the backbone for each *resolution* in it, wherever in the list its views stand, and
         one pass of the head. So batch norm in the backbone sees the views of one resolution together, and in the
         head all views together, as in the authors' MultiCropWrapper.
-        With return_backbone_features the answer is (outputs, features), features in the same order.
+        With return_backbone_features the answer is (outputs, features), features in the same order. With factored it
+        is the two factors of the outputs: what the loss takes so that the outputs are never whole.
         """
         views = [views] if isinstance(views, Tensor) else list(views)
         if not views:
@@ -52,6 +62,9 @@ class DinoModel(nn.Module):
             for i, part in zip(indices, features.split([len(view) for view in same_size]), strict=True):
                 features_of_view[i] = part
         features = joined(features_of_view)
+        if factored:
+            factors: Factors = self.projection_head.factors(features)  # type: ignore[operator]
+            return factors
         outputs: Tensor = self.projection_head(features)
         return (outputs, features) if return_backbone_features else outputs
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino.distributed import averaged, place, whole
+from dino.head import Factors
 from dino.loss import DinoLoss
 from dino.unsupervised import rankme
 
@@ -95,7 +96,7 @@ class Monitor:
     def measure(
         self,
         teacher: Float[Tensor, "globals_x_batch out_dim"],
-        student: Float[Tensor, "ncrops_x_batch out_dim"],
+        student: Factors,
         features: Float[Tensor, "globals_x_batch dim"],
         teacher_temp: float,
     ) -> dict[str, float]:
@@ -111,13 +112,14 @@ class Monitor:
         update_to_weight: norm of what the step changed the student's weights by, over their norm.
         """
         entropy, entropy_of_mean = self.loss.entropies(teacher, teacher_temp)
+        views = student.bottleneck.chunk(self.loss.ncrops)
         in_use = (averaged(self.in_use) > 0).sum() / min(self.loss.out_dim, self.outputs)
         some = features[:MOST_ROWS].cpu()
         means = averaged(
             torch.stack(
                 [
                     agreement(
-                        student.argmax(dim=-1).view(self.loss.ncrops, -1),
+                        torch.stack([F.linear(view, student.weight).argmax(dim=-1) for view in views]),
                         self._chosen(teacher).view(self.loss.n_global_crops, -1),
                     ),
                     feature_std(features),

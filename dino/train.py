@@ -58,7 +58,7 @@ def train(
                 teacher_out, features = teacher(views[: loss.n_global_crops], return_backbone_features=True)  # t1, t2
             with no_sync(student) if part < accumulation else nullcontext():
                 with autocast():
-                    student_out = student(views)  # s1, s2 and the local views
+                    student_out = student(views, factored=True)  # s1, s2 and the local views, before the last product
                 value = loss(student_out, teacher_out, now.teacher_temp) / accumulation
                 scaler.scale(value).backward()
             total = total + value.detach()
@@ -70,7 +70,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         update_teacher_EMA(student, teacher, now.momentum)
         loss.update_center(torch.stack(teacher_means))  # C, once a step and last
-        after_step(step, now, total, gradient_norm, teacher_out, student_out.detach(), features)
+        after_step(step, now, total, gradient_norm, teacher_out, student_out, features)
 
 
 def run(config: dict[str, Any], directory: Path) -> float:

@@ -53,6 +53,15 @@ def test_the_head_is_the_formula(num_layers, use_bn, norm_last_layer):
     assert torch.allclose(head(features), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_factors_are_those_of_the_outputs_in_their_precision(dtype):
+    head, features = randomised(DinoProjectionHead(6, 8, 5, 7)), torch.randn(9, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        outputs, factors = head(features), head.factors(features)
+    assert outputs.dtype == factors.bottleneck.dtype == factors.weight.dtype == dtype
+    assert torch.equal(outputs, torch.nn.functional.linear(*factors))
+
+
 def test_outputs_are_cosines_and_stay_so_after_a_step():
     head = DinoProjectionHead(6, 8, 5, 7)
     optimizer = torch.optim.SGD([p for p in head.parameters() if p.requires_grad], lr=10.0)

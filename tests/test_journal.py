@@ -10,6 +10,7 @@ from ranks import run_in_ranks
 
 from dino.distributed import place
 from dino.finite import Finite, NonFiniteLoss
+from dino.head import Factors
 from dino.history import History
 from dino.journal import Interrupted, Journal, StopSignal
 from dino.logger import Loggers
@@ -61,7 +62,8 @@ def journal(tmp_path, stop=None, measured=(), **changes):
 
 def take(keeper, step, loss, teacher=None, norm=2.0):
     outputs = torch.zeros(4, 4) if teacher is None else teacher  # of 2 images in 2 views
-    keeper(step, NOW, torch.tensor(float(loss)), torch.tensor(norm), outputs, outputs, outputs)
+    student = Factors(outputs, torch.eye(4))
+    keeper(step, NOW, torch.tensor(float(loss)), torch.tensor(norm), outputs, student, outputs)
 
 
 def walk(keeper, losses, start=0, teacher=None, norms=()):

@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino.loss import DinoLoss
+from dino.head import Factors
+from dino.loss import MOST_LOGITS, DinoLoss
 
 
 def naive_loss(student, teacher, center, views, globals_, student_temp, teacher_temp):
@@ -113,8 +115,53 @@ def test_softmax_and_loss_are_in_fp32_under_autocast_and_for_half_precision_logi
     assert value.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_half_precision_logits_are_never_whole_in_fp32():
-    """Of 10 views of 64 x 4,096 logits neither pass holds more than one view in fp32 at a time."""
+def factors_of(images, views, dim, dtype=torch.float64, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    bottleneck, weight = (torch.randn(rows, 16, generator=generator, dtype=dtype) for rows in (views * images, dim))
+    return Factors(bottleneck.div_(4).requires_grad_(), weight.div_(4).requires_grad_())
+
+
+@pytest.mark.parametrize("parts", [1, 3, 11])  # of 11, of 4, 4 and 3, and of 1 image
+@pytest.mark.parametrize(("views", "globals_"), [(10, 2), (4, 1), (5, 3)])
+def test_factors_cost_what_their_product_does_and_so_do_parts_of_the_batch(monkeypatch, parts, views, globals_):
+    images = 11
+    loss, _, teacher = random_case(views, globals_, batch=images, dim=23)
+    factors = factors_of(images, views, 23)
+    student = F.linear(*factors).detach().requires_grad_()
+    whole = loss(student, teacher, 0.07)
+    whole.backward()
+    assert whole.item() == pytest.approx(
+        naive_loss(student.detach(), teacher, loss.center, views, globals_, 0.1, 0.07), rel=1e-12
+    )
+    monkeypatch.setattr("dino.loss.MOST_LOGITS", math.ceil(views * images * 23 / parts))
+    value = loss(factors, teacher, 0.07)
+    value.backward()
+    assert value.item() == pytest.approx(whole.item(), rel=1e-12)
+    for ours, expected in zip(
+        (factors.bottleneck.grad, factors.weight.grad),
+        (student.grad @ factors.weight, student.grad.T @ factors.bottleneck),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected.detach(), rtol=0, atol=1e-14)
+
+
+def test_factors_in_half_precision_have_a_loss_in_fp32():
+    loss, _, teacher = random_case(4, dim=64, dtype=torch.float32)
+    factors = Factors(*(factor.detach().bfloat16().requires_grad_() for factor in factors_of(3, 4, 64)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(factors, teacher)
+    value.backward()
+    student = (factors.bottleneck.double() @ factors.weight.double().T).bfloat16().double()
+    expected = naive_loss(student, teacher.double(), loss.center.double(), 4, 2, 0.1, 0.05)
+    assert value.dtype == torch.float32 and factors.weight.grad.dtype == torch.bfloat16
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_k_wide_is_never_whole(dtype):
+    """Of the paper's 10 views and 65,536 prototypes neither pass makes a tensor of more than MOST_LOGITS numbers."""
+    views, images, dim = 10, 16, 65536
+    assert views * images * dim > MOST_LOGITS
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -122,16 +169,16 @@ def test_half_precision_logits_are_never_whole_in_fp32():
             nonlocal largest
             out = func(*args, **(kwargs or {}))
             for tensor in torch.utils._pytree.tree_leaves(out):
-                if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and not tensor._is_view():
+                if isinstance(tensor, torch.Tensor) and not tensor._is_view():
                     largest = max(largest, tensor.numel())
             return out
 
-    loss = DinoLoss(4096, ncrops=10)
-    student = torch.randn(10 * 64, 4096, dtype=torch.bfloat16, requires_grad=True)
+    loss = DinoLoss(dim, ncrops=views)
+    factors = Factors(*(factor.detach().to(dtype).requires_grad_() for factor in factors_of(images, views, dim)))
     with Watch():
-        loss(student, torch.randn(2 * 64, 4096, dtype=torch.bfloat16)).backward()
-    assert student.grad.dtype == torch.bfloat16
-    assert largest == 2 * 64 * 4096  # the teacher's
+        loss(factors, torch.zeros(2 * images, dim, dtype=dtype)).backward()
+    assert factors.weight.grad.isfinite().all()
+    assert views * dim < largest <= MOST_LOGITS
 
 
 def test_entropies_tell_uniform_and_one_prototype_from_health():

@@ -99,6 +99,11 @@ def test_the_teacher_is_the_moving_average_of_every_parameter(momentum):
     assert moved == 0 if momentum == 1.0 else moved > 10
 
 
+def test_factored_outputs_are_the_outputs():
+    model, views = build(), views_of(32, 32, 16)
+    assert torch.equal(torch.nn.functional.linear(*model(views, factored=True)), model(views))
+
+
 def test_the_fixed_norms_of_the_last_layer_stay_exactly_one():
     student = build()
     teacher = make_teacher(student)
