@@ -1,17 +1,18 @@
 """The DINO loss: cross-entropy between teacher and student over all pairs of different views (Sec. 3.1, Eq. 3)."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from dino.distributed import averaged
 from dino.head import Factors
 
-MOST_LOGITS = 2**23  # of the student at a time: 34 MB in fp32, of 65,536 prototypes and 10 views those of 12 images
+MOST_LOGITS = 2**22  # of the student at a time: 17 MB in fp32, of 65,536 prototypes and 10 views those of 6 images
 
 
 class DinoLoss(nn.Module):
@@ -66,13 +67,8 @@ class DinoLoss(nn.Module):
         outputs, weight = student if isinstance(student, Factors) else (student, None)
         images = len(outputs) // self.ncrops
         of_views, of_globals = outputs.view(self.ncrops, images, -1), teacher.view(self.n_global_crops, images, -1)
-        parts = math.ceil(self.ncrops * images * self.out_dim / MOST_LOGITS)
-        total = torch.zeros((), device=outputs.device)
         with torch.autocast(outputs.device.type, enabled=False):
-            for part in zip(of_views.chunk(parts, dim=1), of_globals.chunk(parts, dim=1), strict=True):
-                total = total + checkpoint(
-                    self._of_images, *part, weight, teacher_temp, use_reentrant=False, preserve_rng_state=False
-                )
+            total: Tensor = _CrossEntropy.apply(self, of_views, weight, of_globals, teacher_temp)
         return total / (self.n_global_crops * (self.ncrops - 1) * images)
 
     @torch.no_grad()
@@ -96,21 +92,59 @@ class DinoLoss(nn.Module):
         of_each = averaged(-torch.xlogy(p, p).sum(dim=-1).mean())
         return of_each / math.log(self.out_dim), -torch.xlogy(mean, mean).sum() / math.log(self.out_dim)
 
-    def _of_images(self, outputs: Tensor, teacher: Tensor, weight: Tensor | None, teacher_temp: float | None) -> Tensor:
-        """The sum over some images and all pairs of their views: [ncrops, images, ...] and [globals, images, K]."""
-        logits = outputs if weight is None else F.linear(outputs, weight)
+    def _targets(
+        self, teacher: Float[Tensor, "globals images out_dim"], teacher_temp: float | None
+    ) -> Float[Tensor, "ncrops images out_dim"]:
+        """What each view is compared with: the sum of its targets, since a cross-entropy is linear in its target."""
         p = self._probabilities(teacher, teacher_temp)
-        # A cross-entropy is linear in its target: one with the sum of the targets is all pairs of a view.
         others = [torch.cat([p[:view], p[view + 1 :]]).sum(dim=0) for view in range(len(p))]
-        targets = torch.stack(others + [p.sum(dim=0)] * (self.ncrops - len(p)))
-        scaled = _at_least_fp32(logits) / self.student_temp
-        return F.cross_entropy(scaled.flatten(0, 1), targets.flatten(0, 1), reduction="sum")
+        return torch.stack(others + [p.sum(dim=0)] * (self.ncrops - len(p)))
 
     def _probabilities(self, teacher: Tensor, teacher_temp: float | None) -> Tensor:
         """Centered and sharpened (Sec. 3.1)."""
         temp = self.teacher_temp if teacher_temp is None else teacher_temp
         p: Tensor = ((_at_least_fp32(teacher) - self.center) / temp).softmax(dim=-1)
         return p
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The sum over all images and pairs of views, of some images at a time, and its gradients.
+
+    The gradients are computed with the sum, so that nothing of one part is needed any more when the next begins.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: DinoLoss,
+        outputs: Float[Tensor, "ncrops images _"],
+        weight: Float[Tensor, "out_dim _"] | None,
+        teacher: Float[Tensor, "globals images out_dim"],
+        teacher_temp: float | None,
+    ) -> Float[Tensor, ""]:
+        of_outputs, of_weight = torch.empty_like(outputs), None if weight is None else torch.zeros_like(weight)
+        total = torch.zeros((), device=outputs.device)
+        parts = math.ceil(outputs.shape[:2].numel() * loss.out_dim / MOST_LOGITS)
+        for output, gradient, of_globals in zip(
+            *(tensor.chunk(parts, dim=1) for tensor in (outputs, of_outputs, teacher)), strict=True
+        ):
+            logits = output if weight is None else F.linear(output, weight)
+            targets = loss._targets(of_globals, teacher_temp)
+            log_p = (_at_least_fp32(logits) / loss.student_temp).log_softmax(dim=-1)
+            total = total - (targets * log_p).sum()
+            of_scaled = log_p.exp_().mul_(targets.sum(dim=-1, keepdim=True)).sub_(targets)
+            of_logits = of_scaled.div_(loss.student_temp).to(logits.dtype)
+            gradient.copy_(of_logits if weight is None else of_logits @ weight)
+            if of_weight is not None:
+                of_weight.addmm_(of_logits.flatten(0, 1).T, output.flatten(0, 1))
+        ctx.save_for_backward(of_outputs, of_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
+        of_outputs, of_weight = (None if of is None else of * factor for of in ctx.saved_tensors)
+        return None, of_outputs, of_weight, None, None
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

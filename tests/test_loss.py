@@ -76,6 +76,7 @@ def test_gradients_are_those_of_finite_differences_and_the_teacher_gets_none_fro
     loss, student, teacher = random_case(4, batch=2, dim=5)
     student.requires_grad_()
     assert torch.autograd.gradcheck(lambda s: loss(s, teacher, 0.07), (student,))
+    assert torch.autograd.gradcheck(lambda *factors: loss(Factors(*factors), teacher, 0.07), (*factors_of(2, 4, 5),))
 
 
 def test_the_center_moves_by_the_papers_formula_and_only_when_asked():
@@ -155,6 +156,19 @@ def test_factors_in_half_precision_have_a_loss_in_fp32():
     expected = naive_loss(student, teacher.double(), loss.center.double(), 4, 2, 0.1, 0.05)
     assert value.dtype == torch.float32 and factors.weight.grad.dtype == torch.bfloat16
     assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.float16, 2.0**16)])
+def test_gradients_in_half_precision_are_those_of_fp64_to_its_rounding(dtype, scale):
+    """Without a scaler too: what a logit is told is rounded before pairs and images divide it to some 1e-7."""
+    views, images, dim = 10, 64, 4096
+    loss, _, teacher = random_case(views, batch=images, dim=dim)
+    exact = Factors(*(f.detach().to(dtype).double().requires_grad_() for f in factors_of(images, views, dim)))
+    loss(exact, teacher).backward()
+    half = Factors(*(f.detach().to(dtype).requires_grad_() for f in exact))
+    (scale * loss.float()(half, teacher.float())).backward()
+    for ours, expected in zip((f.grad.double() / scale for f in half), (f.grad for f in exact), strict=True):
+        assert (ours - expected).norm() < 4 * torch.finfo(dtype).eps * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
