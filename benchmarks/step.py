@@ -110,8 +110,8 @@ def seconds(step: Callable[[], Any], device: torch.device) -> float:
 
 
 def clock(device: torch.device) -> float:
-    """On a CPU the time of all its threads, which other work on the machine does not change much."""
-    return time.perf_counter() if device.type == "cuda" else time.process_time()
+    """The wall's; of a single thread the processor's, which other work on the machine does not change much."""
+    return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def finish(device: torch.device) -> None:
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("overrides", nargs="*", help="of dino.train: backbone=dino_vits16 training.batch_size=8 ...")
     options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--threads", type=int, default=1, help="on the CPU, whose time is counted over all of them")
+    options.add_argument("--threads", type=int, default=1, help="on the CPU; with more than 1 on a quiet machine")
     options.add_argument("--eager", action="store_true", help="leave out what is compiled")
     options.add_argument("--fp32-reference", action="store_true", help="the reference in fp32 too, and first")
     options.add_argument("--no-peaks", action="store_true", help="leave out the memory, which takes a process for each")

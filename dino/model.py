@@ -14,7 +14,7 @@ from dino.head import Factors
 
 
 class DinoModel(nn.Module):
-    """g = h(f(x)): a backbone (images to [B, D]) and a projection head ([B, D] to [B, K])."""
+    """g = h(f(x)): a backbone (images to [B, D]) and a head ([B, D] to [B, K]; in training its `factors`)."""
 
     def __init__(self, backbone: nn.Module, projection_head: nn.Module) -> None:
         super().__init__()
