@@ -1,5 +1,6 @@
 """What a run needs to go on exactly where it was, and the one file that people want from it: teacher.safetensors."""
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -7,7 +8,7 @@ import logging
 import os
 import random
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,16 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """What the block draws is not drawn from the run: an import may draw too (that of rich), at each start."""
+    before = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(before)
 
 
 def _construct(node: dict[str, Any], **late: Any) -> nn.Module:

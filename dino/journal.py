@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dino.broken import LIST, MOST, TooManyBroken, too_many
+from dino.checkpoint import aside
 from dino.distributed import averaged, largest, place
 from dino.finite import Finite
 from dino.head import Factors
@@ -256,6 +257,7 @@ class Journal:
         self.last_flush = time.monotonic()
         return len(numbers) * self.effective_batch / seconds
 
+    @aside()
     def _end_of_epoch(self, done: int) -> bool:
         """Evaluates where it is time, records the epoch; True where k-NN is the best so far."""
         if self.recent:

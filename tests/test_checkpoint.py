@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from dino.backbone.vit_tiny import ViTTiny
 from dino.checkpoint import (
+    aside,
     check_read_back,
     digest,
     load_checkpoint,
@@ -165,6 +166,16 @@ def test_every_random_generator_goes_on_where_it_was():
     assert draw() != first
     set_rng_state(saved)
     assert draw() == first
+
+
+def test_what_is_drawn_aside_is_not_missing_afterwards():
+    saved = rng_state()
+    expected = random.random(), np.random.rand(), torch.rand(2).tolist()
+    set_rng_state(saved)
+    with pytest.raises(KeyError), aside():
+        random.random(), np.random.rand(), torch.rand(1)
+        raise KeyError
+    assert (random.random(), np.random.rand(), torch.rand(2).tolist()) == expected
 
 
 def test_the_state_of_the_generators_passes_through_a_file_without_code(tmp_path):

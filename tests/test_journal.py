@@ -4,6 +4,7 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_in_ranks
@@ -71,6 +72,20 @@ def walk(keeper, losses, start=0, teacher=None, norms=()):
     for step, loss in enumerate(losses, start):
         take(keeper, step, loss, teacher, norms[step])
     keeper.close()
+
+
+def test_what_happens_between_epochs_draws_nothing_from_the_run(tmp_path):
+    """Each start of a run would draw it again, where it is an import that draws."""
+
+    def draw():
+        np.random.rand(), torch.rand(1)
+        return {"knn": 0.5}
+
+    keeper, *_ = journal(tmp_path, evaluate=draw, report=draw)
+    numpy, of_torch = np.random.get_state()[2], torch.get_rng_state()
+    walk(keeper, [1.0] * 12)
+    assert np.random.get_state()[2] == numpy
+    assert torch.equal(torch.get_rng_state(), of_torch)
 
 
 def test_steps_are_recorded_at_the_cadence_and_epochs_with_the_mean_of_all_their_losses(tmp_path):
