@@ -20,9 +20,8 @@ class DinoLoss(nn.Module):
 
     `center` is a buffer: checkpoints hold it. It moves by `update_center` alone, once a step, so that `forward` changes
     nothing and a batch in parts gives the loss of the batch whole. Softmax and loss are in fp32 (fp64 stays fp64)
-    whatever autocast says, of some images at a time, and computed again in the backward pass, the last layer's product
-    with them: what is out_dim wide is never whole (of 10 views, 64 images and 65,536 prototypes that would be 168 MB,
-    and the gradient as much).
+    whatever autocast says, of some images at a time and with their gradients; given as factors, the student's logits
+    are never whole (of 10 views, 64 images and 65,536 prototypes 168 MB in fp32, and the gradient as much).
     """
 
     center: Tensor
