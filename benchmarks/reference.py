@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision.transforms as T
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from dino.augmentation import DINOTransform
 from dino.backbone.transformer import Block, Transformer
+from dino.backbone.vit import ViT
 from dino.dataset.files import ImageFiles
 from dino.model import DinoModel, make_teacher
 
@@ -99,15 +101,25 @@ def photograph(rng: np.random.Generator, height: int = 375, width: int = 500) ->
 
 
 class ReferenceTransformer(nn.Module):
-    """A vision transformer with attention written out, whose last block, too, computes every token; `vit`'s weights."""
+    """A vision transformer with attention written out, whose last block, too, computes every token; `vit`'s weights.
+
+    The patches of a ViT are embedded by a convolution.
+    """
 
     def __init__(self, vit: Transformer) -> None:
         super().__init__()
         self.vit = deepcopy(vit)
         self.vit.blocks = nn.ModuleList(ReferenceBlock(block) for block in self.vit.blocks)
 
+    def embed(self, images: Tensor) -> Tensor:
+        if not isinstance(self.vit, ViT):
+            return self.vit.embed(images)
+        size, weight = self.vit.patch_size, self.vit.patches.weight
+        patches = F.conv2d(images, weight.view(-1, 3, size, size), self.vit.patches.bias, stride=size)
+        return self.vit.placed(patches.flatten(2).transpose(1, 2), *patches.shape[-2:])
+
     def forward(self, images: Tensor) -> Tensor:
-        hidden = self.vit.embed(images)
+        hidden = self.embed(images)
         for block in self.vit.blocks:
             hidden = block(hidden)
         return self.vit.norm(hidden)[:, 0]

