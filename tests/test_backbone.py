@@ -12,7 +12,7 @@ from torchvision.models import resnet18
 
 from dino.backbone.resnet import ResNet, SmallResNet
 from dino.backbone.timm import Timm
-from dino.backbone.transformer import FUSED_FROM, Block, weights
+from dino.backbone.transformer import FUSED_FROM, FUSED_FROM_IN_HALF, Block, weights
 from dino.backbone.vit import ViT, renamed
 from dino.backbone.vit_tiny import ViTTiny
 
@@ -368,14 +368,20 @@ def test_drop_path_leaves_a_share_of_the_samples_alone_and_scales_what_the_other
     assert torch.allclose(block(hidden, cls_only), stream + 2, atol=1e-5)
 
 
+class Count(TorchDispatchMode):
+    """Calls of each operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.of[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def test_a_block_keeps_neither_norms_nor_gelu_for_the_backward_pass_and_computes_no_product_twice():
-    block, kept, products = Block(32, heads=2), [], Counter()
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            products[func.overloadpacket.__name__] += 1
-            return func(*args, **(kwargs or {}))
-
+    block, kept, calls = Block(32, heads=2), [], Count()
     hidden = torch.randn(2, FUSED_FROM, 32, requires_grad=True)
     unit = hidden.nbytes
 
@@ -384,15 +390,41 @@ def test_a_block_keeps_neither_norms_nor_gelu_for_the_backward_pass_and_computes
             kept.append(tensor)
         return tensor
 
-    with Count(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with calls, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = block(hidden)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     # The stream twice, queries, keys and values, what they mix, and the MLP's four times wider input to its GELU.
     assert sum(storages.values()) <= (2 + 3 + 1 + 4) * unit + unit // 4
-    with Count():
+    with calls:
         out.sum().backward()
-    assert products["addmm"] == 4 and products["mm"] == 8  # forward, and backward to inputs and weights
-    assert products["gelu"] == 2 and products["native_layer_norm"] == 4
+    assert calls.of["addmm"] == 4 and calls.of["mm"] == 8  # forward, and backward to inputs and weights
+    assert calls.of["gelu"] == 2 and calls.of["native_layer_norm"] == 4
+
+
+def test_in_half_precision_on_a_cpu_nothing_is_computed_again():
+    block, calls = Block(32, heads=2), Count()
+    with calls, torch.autocast("cpu", torch.bfloat16):
+        block(torch.randn(2, 9, 32, requires_grad=True)).sum().backward()
+    assert calls.of["gelu"] == calls.of["gelu_backward"] == 1
+    assert calls.of["native_layer_norm"] == calls.of["native_layer_norm_backward"] == 2
+
+
+@pytest.mark.parametrize("tokens", [9, FUSED_FROM, FUSED_FROM_IN_HALF])
+def test_a_block_in_half_precision_has_the_gradients_of_fp32_to_its_rounding(tokens):
+    """With gradients attention is written out up to many tokens, without them fused from few."""
+    block = scaled_up(Block(32, heads=4), 4.0)
+    hidden, of_out = torch.randn(2, tokens, 32, requires_grad=True), torch.randn(2, tokens, 32)
+    wanted = [hidden, *block.parameters()]
+    expected = block(hidden)
+    gradients = torch.autograd.grad(expected, wanted, of_out)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block(hidden)
+        with torch.no_grad():
+            fused = block(hidden)
+    for half, whole in zip(
+        (out, fused, *torch.autograd.grad(out, wanted, of_out)), (expected, expected, *gradients), strict=True
+    ):
+        assert half.dtype == torch.float32 and (half - whole).norm() < 0.02 * whole.norm()  # bf16 rounds to 0.004
 
 
 @pytest.mark.parametrize("drop_path, batch, rest", [(0.9, 1, 1), (0.9, 4, 1), (0.02, 16, 16), (0.1, 16, 14)])
