@@ -1,7 +1,12 @@
 """Memory that runs out: really, on the CPU (petabytes are asked for). For a GPU's allocator stands its error."""
 
 import logging
+import os
 import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +24,27 @@ ASKS = [
 FROM_CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.1 GiB is free."
 )
+
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+AN_EIGHTH_OF_A_GB = """
+import dino, torch
+x = torch.ones(2**25)
+print(open("/proc/self/smaps_rollup").read())
+"""
+
+
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[madvise]" not in LARGE_PAGES.read_text(),
+    reason="the kernel gives large pages to all, or none",
+)
+@pytest.mark.parametrize("said, least, most", [(None, 30_000, 140_000), ("0", 0, 10_000)])
+def test_large_tensors_lie_in_large_pages_unless_the_user_says_otherwise(said, least, most):
+    env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    env |= {"THP_MEM_ALLOC_ENABLE": said} if said else {}
+    command = [sys.executable, "-c", AN_EIGHTH_OF_A_GB]
+    memory = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    assert least <= int(re.search(r"AnonHugePages:\s+(\d+)", memory).group(1)) <= most  # kB
 
 
 def raise_it(error):
