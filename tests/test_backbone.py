@@ -380,6 +380,20 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("cls_only", [False, True])
+def test_drop_path_leaves_out_the_same_samples_when_it_is_compiled(monkeypatch, cls_only):
+    block = scaled_up(Block(16, heads=2, drop_path=0.3), 8.0)
+    hidden, results = torch.randn(10, 5, 16, requires_grad=True), []
+    for compiled in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiled=compiled: compiled)
+        torch.manual_seed(0)
+        out = block(hidden, cls_only)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [hidden, *block.parameters()])])
+    for plain, of_compiled in zip(*results, strict=True):
+        assert torch.allclose(plain, of_compiled, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(results[0][0], block.eval()(hidden, cls_only), atol=0.1)
+
+
 def test_a_block_keeps_neither_norms_nor_gelu_for_the_backward_pass_and_computes_no_product_twice():
     block, kept, calls = Block(32, heads=2), [], Count()
     hidden = torch.randn(2, FUSED_FROM, 32, requires_grad=True)

@@ -86,9 +86,9 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Attention, then an MLP, each behind a norm and added to the stream.
 
-    In training a share `drop_path` of the samples, other ones each time, skips each of the two, at no cost: what the
-    rest adds is scaled by batch / rest. It is the nearest share that the batch allows (as in DINOv2, arXiv 2304.07193,
-    Sec. 5), so that shapes stay the same from step to step.
+    In training a share `drop_path` of the samples, other ones each time, skips each of the two, at no cost (compiled
+    for a CPU they are computed and left out): what the rest adds is scaled by batch / rest. It is the nearest share
+    that the batch allows (as in DINOv2, arXiv 2304.07193, Sec. 5), so that shapes stay the same from step to step.
     """
 
     def __init__(self, hidden_dim: int, heads: int, drop_path: float = 0.0, eps: float = 1e-5) -> None:
@@ -122,9 +122,13 @@ class Block(nn.Module):
         skip = min(round(self.drop_path * batch), batch - 1) if self.training else 0
         if skip == 0:
             return stream + branch(of)
-        rest = torch.rand(batch, device=stream.device).argsort()[skip:]
+        rest, scale = torch.rand(batch, device=stream.device).argsort()[skip:], batch / (batch - skip)
+        if (
+            torch.compiler.is_compiling() and stream.device.type == "cpu"
+        ):  # it adds rows slower than it computes them all
+            return stream + branch(of) * torch.zeros(batch, 1, 1).index_fill(0, rest, scale)
         added = branch(of.index_select(0, rest)).to(stream.dtype)  # the gradients of of[rest] take ten times as long
-        return stream.index_add(0, rest, added, alpha=batch / (batch - skip))
+        return stream.index_add(0, rest, added, alpha=scale)
 
     def _widen(self, hidden: Tensor) -> Tensor:
         wide = without_inner(lambda of: self.mlp[0](self.norm2(of)), hidden)
