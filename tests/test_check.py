@@ -168,6 +168,11 @@ def test_a_backbone_whose_features_are_not_as_it_says_is_named():
     assert sentence.startswith("backbone: NoOutputDim: expected features [2, output_dim=5] of 2 images, got [2, 3]")
 
 
+def test_a_head_without_what_training_uses_of_it_is_named():
+    (sentence,) = check(changed(head={"_target_": "torch.nn.Identity"}))
+    assert sentence.startswith("head: Identity has no factors and no last_layer, which training uses")
+
+
 def test_a_student_no_sharper_than_its_teacher_is_warned_of_and_runs():
     config = changed(loss__student_temp=0.04)
     assert check(config) == []

@@ -76,6 +76,9 @@ def try_parts(config: Mapping[str, Any], problems: Problems) -> int:
     if backbone is not None:
         _check_forward(backbone, config, problems)
     head = _attempt("head", config, problems, {"input_dim": getattr(backbone, "output_dim", None)}, within=_weightless)
+    if missing := [name for name in ("factors", "last_layer") if head is not None and not hasattr(head, name)]:
+        lacks = f"{type(head).__name__} has no {' and no '.join(missing)}"
+        problems.add("head", f"head: {lacks}, which training uses: write it as dino/head.py does, or take head=dino.")
     crops = {name: getattr(augmentation, name, None) for name in ("ncrops", "n_global_crops")}
     _attempt("loss", config, problems, crops, within=_weightless)
     _attempt("optimizer", config, problems, after=lambda made: made.step(), fresh={"params": _dummy_parameters})
