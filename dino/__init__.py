@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Any
 
 # Tensors from 2 MB on in pages of 2 MB, where Linux lets a program ask for them: on a CPU most of the wait for fresh
-# memory goes (ViT-S/16 in bf16: a tenth of a step). torch reads it once, before its first tensor.
+# memory goes (ViT-S/16 in bf16: up to a tenth of a step). torch reads it once, before its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOME = {

@@ -368,18 +368,6 @@ def test_drop_path_leaves_a_share_of_the_samples_alone_and_scales_what_the_other
     assert torch.allclose(block(hidden, cls_only), stream + 2, atol=1e-5)
 
 
-class Count(TorchDispatchMode):
-    """Calls of each operation."""
-
-    def __init__(self):
-        super().__init__()
-        self.of = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.of[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("cls_only", [False, True])
 def test_drop_path_leaves_out_the_same_samples_when_it_is_compiled(monkeypatch, cls_only):
     block = scaled_up(Block(16, heads=2, drop_path=0.3), 8.0)
@@ -392,6 +380,18 @@ def test_drop_path_leaves_out_the_same_samples_when_it_is_compiled(monkeypatch, 
     for plain, of_compiled in zip(*results, strict=True):
         assert torch.allclose(plain, of_compiled, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(results[0][0], block.eval()(hidden, cls_only), atol=0.1)
+
+
+class Count(TorchDispatchMode):
+    """Calls of each operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.of[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_block_keeps_neither_norms_nor_gelu_for_the_backward_pass_and_computes_no_product_twice():

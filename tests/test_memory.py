@@ -1,4 +1,5 @@
-"""Memory that runs out: really, on the CPU (petabytes are asked for). For a GPU's allocator stands its error."""
+"""Memory that runs out: really, on the CPU (petabytes are asked for). For a GPU's allocator stands its error.
+And the pages that tensors lie in."""
 
 import logging
 import os

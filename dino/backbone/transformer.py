@@ -123,9 +123,8 @@ class Block(nn.Module):
         if skip == 0:
             return stream + branch(of)
         rest, scale = torch.rand(batch, device=stream.device).argsort()[skip:], batch / (batch - skip)
-        if (
-            torch.compiler.is_compiling() and stream.device.type == "cpu"
-        ):  # it adds rows slower than it computes them all
+        # What the compiler writes for a CPU adds rows a number at a time, which takes longer than to compute them all.
+        if torch.compiler.is_compiling() and stream.device.type == "cpu":
             return stream + branch(of) * torch.zeros(batch, 1, 1).index_fill(0, rest, scale)
         added = branch(of.index_select(0, rest)).to(stream.dtype)  # the gradients of of[rest] take ten times as long
         return stream.index_add(0, rest, added, alpha=scale)
@@ -135,13 +134,11 @@ class Block(nn.Module):
         return without_inner(lambda of: self.mlp[2](self.mlp[1](of)), wide)
 
     def _attend(self, hidden: Tensor, cls_only: bool) -> Tensor:
-        least = FUSED_FROM_IN_HALF if half_on_cpu(hidden) and torch.is_grad_enabled() else FUSED_FROM
-        written_out = hidden.device.type == "cpu" and hidden.shape[1] < least
-        qkv = self._qkv(hidden)
-        query, key, value = qkv.contiguous() if written_out else qkv  # else each product copies what it takes
+        qkv, two_products = self._qkv(hidden), faster_written_out(hidden)
+        query, key, value = qkv.contiguous() if two_products else qkv  # else each product copies what it takes
         if cls_only:
             query = query[:, :, :1]
-        mixed = weights(query, key) @ value if written_out else F.scaled_dot_product_attention(query, key, value)
+        mixed = weights(query, key) @ value if two_products else F.scaled_dot_product_attention(query, key, value)
         added: Tensor = self.projection(mixed.transpose(1, 2).flatten(2))
         return added
 
@@ -162,6 +159,12 @@ def without_inner(product_of: Callable[[Tensor], Tensor], of: Tensor) -> Tensor:
         return product_of(of)
     out: Tensor = checkpoint(product_of, of, use_reentrant=False, preserve_rng_state=False)
     return out
+
+
+def faster_written_out(hidden: Tensor) -> bool:
+    """Whether attention between these tokens takes less time as two products and a softmax than fused."""
+    least = FUSED_FROM_IN_HALF if half_on_cpu(hidden) and torch.is_grad_enabled() else FUSED_FROM
+    return hidden.device.type == "cpu" and hidden.shape[1] < least
 
 
 def half_on_cpu(hidden: Tensor) -> bool:
