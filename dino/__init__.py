@@ -14,7 +14,7 @@ _HOME = {
     "collate_multi_crop": "augmentation",
     "Steps": "batches",
     "load_checkpoint": "checkpoint",
-    "load_teacher": "checkpoint",
+    "load_teacher": "weights",
     "save_checkpoint": "checkpoint",
     "KNN": "evaluator",
     "DinoProjectionHead": "head",

@@ -1,30 +1,27 @@
-"""What a run needs to go on exactly where it was, and the one file that people want from it: teacher.safetensors."""
+"""What a run needs to go on exactly where it was."""
 
 import contextlib
-import hashlib
-import importlib
-import json
 import logging
 import os
+import pickletools
 import random
+import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from dino.model import DinoModel
 from dino.refused import Refused
-from dino.whole import whole
+from dino.whole import whole, write_durably
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 BEST = "best.pt"
-TEACHER = "teacher.safetensors"
+CONSTRUCTORS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch [A-Z][A-Za-z0-9]*Storage")
 
 
 def save_checkpoint(directory: Path, state: dict[str, Any], keep: int = 2, best: bool = False) -> Path:
@@ -36,7 +33,7 @@ def save_checkpoint(directory: Path, state: dict[str, Any], keep: int = 2, best:
     """
     path = directory / FOLDER / f"step_{state['iteration']:09d}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, lambda file: torch.save({**state, "timestamp": datetime.now(UTC).isoformat()}, file))
+    write_durably(path, lambda file: torch.save({**state, "timestamp": datetime.now(UTC).isoformat()}, file))
     if best:
         with whole(path.with_name(BEST)) as link:
             link.unlink(missing_ok=True)
@@ -50,16 +47,36 @@ def save_checkpoint(directory: Path, state: dict[str, Any], keep: int = 2, best:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The checkpoint in this file, on the CPU. With weights_only: it can hold no code.
+    """The checkpoint in this file, on the CPU. It may come from a stranger: nothing in it is executed, and it takes no
+    more memory than the file has bytes.
 
     Each part is compared with the checksum beside it, which torch.load ignores. Raises where anything is wrong with the
     file, be it one bit, and it can be any exception.
     """
     with zipfile.ZipFile(path) as parts:
+        entries = parts.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("it is compressed, as no checkpoint of this project is")
+        if (claimed := sum(entry.file_size for entry in entries)) > path.stat().st_size:
+            raise ValueError(f"its parts claim {claimed:,} bytes, and the file has {path.stat().st_size:,}")
         if (part := parts.testzip()) is not None:
             raise ValueError(f"{part} in it is not what was written")
+        for entry in entries:
+            if entry.filename.endswith("/data.pkl"):
+                _check_constructors(parts.read(entry))
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
+
+
+def _check_constructors(program: bytes) -> None:
+    """Raises ValueError where the pickle in a checkpoint calls more than dicts and tensors of the file's parts need.
+
+    torch.load with weights_only=True executes no code, but allows some more calls: torch.Tensor(10**12), for one, which
+    takes as much memory as the file asks for.
+    """
+    for opcode, name, _ in pickletools.genops(program):
+        if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not CONSTRUCTORS.fullmatch(str(name)):
+            raise ValueError(f"it calls {name}, as no checkpoint of this project does")
 
 
 def check_read_back(path: Path, state: dict[str, Any]) -> None:
@@ -92,83 +109,6 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
             "or move the directory away to start afresh."
         )
     return None
-
-
-def save_teacher(directory: Path, teacher: DinoModel, config: dict[str, Any], preprocessing: dict[str, Any]) -> None:
-    """directory/teacher.safetensors: backbone and head; in the metadata, how to build them and to prepare images."""
-    from safetensors.torch import save
-
-    weights = {name: value.detach().contiguous().clone() for name, value in teacher.state_dict().items()}
-    metadata = {
-        "format": "pt",
-        "backbone": json.dumps(config["backbone"]),
-        "head": json.dumps(config["head"]),
-        "preprocessing": json.dumps(preprocessing),
-    }
-    data = save(weights, metadata | {"sha256": digest(weights, metadata)})
-    _write(directory / TEACHER, lambda file: file.write(data))
-
-
-def load_teacher(path: str | Path) -> DinoModel:
-    """A run's teacher in eval mode: from its directory, its teacher.safetensors or one of its checkpoints (.pt).
-
-    `.preprocessing` on the result: size in pixels, mean and std of the images it expects; `.config`: "backbone" and
-    "head", how they were built.
-    """
-    path = Path(path) / TEACHER if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not there; expected a run's directory, its {TEACHER} or a checkpoint of it."
-        )
-    try:
-        config, preprocessing, weights = (_in_checkpoint if path.suffix == ".pt" else _in_safetensors)(path)
-    except Exception as error:  # safetensors raises an exception type of its own for each fault, torch any
-        raise ValueError(f"{path} cannot be read as a {TEACHER} or a checkpoint of this project ({error}).") from error
-    backbone = untrained_backbone(config["backbone"])
-    model = DinoModel(backbone, _construct(config["head"], input_dim=backbone.output_dim))
-    model.load_state_dict(weights)
-    facts: Any = model  # torch types a module's attributes as tensors and modules
-    facts.preprocessing, facts.config = preprocessing, config
-    return model.eval()
-
-
-def digest(weights: Mapping[str, Tensor], about: dict[str, Any]) -> str:
-    """SHA-256 of names and bits of the weights, and of plain values beside them, in hexadecimal digits."""
-    sha256 = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    for name, value in sorted(weights.items()):
-        sha256.update(name.encode())
-        sha256.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return sha256.hexdigest()
-
-
-def untrained_backbone(config: dict[str, Any]) -> nn.Module:
-    """The backbone of that node of a config, with random weights whatever it says of pretrained ones."""
-    return _construct({**config, **({"pretrained": False} if "pretrained" in config else {})})
-
-
-def _in_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """(how backbone and head are built, how images are prepared, the weights)."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        metadata, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-    if metadata.pop("sha256", None) != digest(weights, metadata):
-        raise ValueError("what is in it is not what was written")
-    parts = {key: json.loads(metadata[key]) for key in ("backbone", "head")}
-    return parts, json.loads(metadata["preprocessing"]), weights
-
-
-def _in_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    from dino.augmentation import IMAGENET_MEAN, IMAGENET_STD
-
-    state = read_checkpoint(path)
-    config, colours = state["config"], state["config"]["augmentation"]
-    preprocessing = {
-        "size": config["dataset"]["eval_size"],
-        "mean": colours.get("mean", IMAGENET_MEAN),
-        "std": colours.get("std", IMAGENET_STD),
-    }
-    return {key: config[key] for key in ("backbone", "head")}, preprocessing, state["teacher"]
 
 
 def seed_all(seed: int) -> None:
@@ -212,27 +152,5 @@ def aside() -> Iterator[None]:
         set_rng_state(before)
 
 
-def _construct(node: dict[str, Any], **late: Any) -> nn.Module:
-    module, name = node["_target_"].rsplit(".", 1)
-    arguments = {key: value for key, value in node.items() if not key.startswith("_")}
-    built: nn.Module = getattr(importlib.import_module(module), name)(**arguments, **late)
-    return built
-
-
 def _newest_first(directory: Path) -> list[Path]:
     return sorted((directory / FOLDER).glob("step_*.pt"), reverse=True)
-
-
-def _write(path: Path, write: Callable[[Any], object]) -> None:
-    with whole(path) as partial, open(partial, "wb") as file:
-        try:
-            write(file)
-        except RuntimeError as error:  # torch.save's own, of a file that it could not end; in the disk's words
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        file.flush()
-        os.fsync(file.fileno())
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself survives a power cut
-    finally:
-        os.close(folder)

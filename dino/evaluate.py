@@ -20,7 +20,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,8 @@ import torch
 import yaml
 from torch import nn
 
-from dino.checkpoint import FOLDER, load_checkpoint, load_teacher, read_checkpoint, untrained_backbone
+from dino.allowlist import allowed
+from dino.checkpoint import FOLDER, load_checkpoint, read_checkpoint
 from dino.config import CONF, build, compose
 from dino.config.check import OWN, Rule
 from dino.config.machine import check_machine
@@ -44,14 +45,17 @@ from dino.measures import Measures
 from dino.refused import Refused
 from dino.run_directory import CONFIG, lock, state_of
 from dino.unsupervised import preferred
+from dino.weights import load_teacher
 
 log = logging.getLogger("dino.evaluate")
 RESULTS = "evaluation.json"
 PLAIN = ("rankme", "alpha")  # figures that are no shares
+KEPT = ("cache", "cache_side")  # of a data set: how its images are kept in memory
 ABOVE_ZERO = Rule(int, "a whole number above 0", lambda v: v > 0)
 KEYS: dict[str, Rule] = {
     "run": OWN["init_from"],
     "checkpoint": OWN["init_from"],
+    "trust": OWN["trust"],
     "measures": Rule(list[Literal["knn", "linear", "logistic", "few_shot", "finetune", "unsupervised"]]),
     "baselines": Rule(bool),
     "size": Rule(int | None, "a whole number above 0, or null", lambda v: v is None or v > 0),
@@ -72,7 +76,10 @@ KEYS: dict[str, Rule] = {
 
 @dataclass
 class Subject:
-    """What is measured. `run`: the directory of the run that it is the teacher of, None for another's weights."""
+    """What is measured. `run`: the directory of the run that it is the teacher of, None for another's weights.
+
+    The nodes are safe to build: typed in the command, or passed by dino.allowlist.
+    """
 
     name: str
     backbone: nn.Module
@@ -80,6 +87,7 @@ class Subject:
     dataset: dict[str, Any]
     preprocessing: dict[str, Any]  # size in pixels, mean, std
     augmentation: dict[str, Any]
+    logger: dict[str, Any]  # nodes by name
     run: Path | None
     output: Path
 
@@ -118,11 +126,12 @@ def evaluate(config: dict[str, Any]) -> dict[str, dict[str, float]]:
     results = {"backbone": measures.of("backbone", subject.backbone, config["measures"])}
     if config["baselines"]:
         torch.manual_seed(config["seed"])
-        untrained = measures.untrained(untrained_backbone(subject.node))
+        random_weights = {"pretrained": False} if "pretrained" in subject.node else {}
+        untrained = measures.untrained(build(subject.node | random_weights))
         results["untrained"] = measures.of("untrained", untrained, config["measures"])
         results["raw_pixels"] = measures.of("raw_pixels", RawPixels(), config["measures"])
     print(table(results), flush=True)
-    if "unsupervised" in config["measures"] and len(rows := of_checkpoints(measures, subject)) > 1:
+    if "unsupervised" in config["measures"] and len(rows := of_checkpoints(measures, subject, config["trust"])) > 1:
         print(table(rows), preferred(rows), sep="\n", flush=True)
         results |= rows
     record(results, subject)
@@ -152,23 +161,27 @@ def problems_of(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def subject_of(config: dict[str, Any]) -> Subject:
-    """Raises Refused where weights or images are not to be had."""
+    """Raises Refused where weights or images are not to be had, or a file names what it may not."""
+    trained: dict[str, Any] = {}
     if config["backbone"] is not None:
         backbone, node = build(config["backbone"]), config["backbone"]
         weights = {True: "pretrained", False: "random weights"}.get(
             pretrained := node.get("pretrained", False), pretrained
         )
         name = f"{type(backbone).__name__}, {weights}"
-        prepared, directory, trained = {"size": config["dataset"]["eval_size"]}, None, dict[str, Any]()
+        prepared, directory = {"size": config["dataset"]["eval_size"]}, None
     else:
         given = Path(config["run"] or config["checkpoint"])
+        directory = next((folder for folder in (given, *given.parents[:2]) if (folder / CONFIG).is_file()), None)
+        if directory is not None:
+            trained = from_run(directory / CONFIG, config)
         try:
-            teacher: Any = load_teacher(given)
+            teacher: Any = load_teacher(given, config["trust"])
+        except Refused:
+            raise
         except (OSError, ValueError) as error:
             raise Refused(str(error)) from error
         backbone, node, prepared, name = teacher.backbone, teacher.config["backbone"], teacher.preprocessing, str(given)
-        directory = next((folder for folder in (given, *given.parents[:2]) if (folder / CONFIG).is_file()), None)
-        trained = {} if directory is None else yaml.safe_load((directory / CONFIG).read_text())
     dataset = config["dataset"] or trained.get("dataset")
     if dataset is None:
         raise Refused(f"dataset: nothing beside {name} says which images; give dataset=<one> dataset.root=<folder>.")
@@ -178,10 +191,38 @@ def subject_of(config: dict[str, Any]) -> Subject:
         node=node,
         dataset=dataset,
         preprocessing=prepared | ({"size": config["size"]} if config["size"] else {}),
-        augmentation=trained.get("augmentation", {}),
+        augmentation=trained.get("augmentation", {"_target_": "dino.augmentation.DINOTransform"}),
+        logger=trained.get("logger", {}),
         run=directory if config["run"] else None,
         output=Path(config["output"] or directory or Path("outputs", "evaluate", re.sub(r"[^\w.-]+", "_", name))),
     )
+
+
+def from_run(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's config.yaml what is built of it, as far as the command says nothing: the run may be a stranger's.
+
+    Raises Refused for what a file may not name, and for a file that is no config of a run.
+    """
+    try:
+        said = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise Refused(f"{path} cannot be read ({str(error).splitlines()[0]}); mend it, or give checkpoint=.") from error
+    parts = [said.get(part) or {} for part in ("dataset", "augmentation", "logger")] if isinstance(said, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise Refused(f"{path}: expected the config of a run, with its dataset and augmentation; give checkpoint=.")
+    dataset, augmentation, loggers = parts
+    trust, found = config["trust"], dict[str, Any]()
+    if config["dataset"] is None and dataset:
+        problems = [wrong for key in KEPT if (wrong := OWN[f"dataset.{key}"].against(key, dataset.get(key)))]
+        if problems:
+            raise Refused(*(f"{path}: dataset.{problem}" for problem in problems))
+        found["dataset"] = {key: dataset[key] for key in KEPT}
+        found["dataset"] |= {split: allowed("dataset", dataset.get(split), path, trust) for split in ("train", "val")}
+    if augmentation:
+        found["augmentation"] = allowed("augmentation", augmentation, path, trust)
+    if config["run"]:
+        found["logger"] = {name: allowed("logger", node, path, trust) for name, node in loggers.items()}
+    return found
 
 
 def measures_of(config: dict[str, Any], subject: Subject) -> Measures:
@@ -196,8 +237,8 @@ def measures_of(config: dict[str, Any], subject: Subject) -> Measures:
     sizes = {"global_size": subject.preprocessing["size"], "num_local_views": 0}
     return Measures(
         data=data,
-        transform=build({"_target_": "dino.augmentation.EvalTransform", **subject.preprocessing}),
-        augmentation=build({"_target_": "dino.augmentation.DINOTransform", **subject.augmentation, **sizes}),
+        transform=build(subject.preprocessing | {"_target_": "dino.augmentation.EvalTransform"}),
+        augmentation=build(subject.augmentation | sizes),
         kept_in=subject.output / "features",
         device=device,
         precision=choose_precision(config["precision"], device),
@@ -213,7 +254,7 @@ def measures_of(config: dict[str, Any], subject: Subject) -> Measures:
     )
 
 
-def of_checkpoints(measures: Measures, subject: Subject) -> dict[str, dict[str, float]]:
+def of_checkpoints(measures: Measures, subject: Subject, trust: Sequence[str]) -> dict[str, dict[str, float]]:
     """The figures that need no labels, of every checkpoint of the run that can be read, the oldest first."""
     steps = []
     for path in (subject.run / FOLDER).glob("*.pt") if subject.run is not None else ():
@@ -222,7 +263,8 @@ def of_checkpoints(measures: Measures, subject: Subject) -> dict[str, dict[str, 
         except Exception as error:  # as in load_checkpoint
             log.warning("%s cannot be read (%s) and is left out", path, str(error).split("\n")[0])
     each = sorted(dict(steps).items())  # the best may be one of the others
-    return {f"step {at}": measures.of(f"step {at}", load_teacher(path).backbone, ["unsupervised"]) for at, path in each}
+    backbones = ((at, load_teacher(path, trust).backbone) for at, path in each)  # one at a time in memory
+    return {f"step {at}": measures.of(f"step {at}", backbone, ["unsupervised"]) for at, backbone in backbones}
 
 
 def record(results: dict[str, dict[str, float]], subject: Subject) -> None:
@@ -252,17 +294,17 @@ def record(results: dict[str, dict[str, float]], subject: Subject) -> None:
             history = History.load(subject.run / "history.json")
             history.metadata["evaluations"] = entries
             history.save(subject.run / "history.json")
-            tell_loggers(subject.run, results["backbone"])
+            tell_loggers(subject.run, subject.logger, results["backbone"])
     except (Refused, OSError, ValueError) as error:
         log.warning("not in the run's history: %s", error)
 
 
-def tell_loggers(run: Path, figures: dict[str, float]) -> None:
-    config = yaml.safe_load((run / CONFIG).read_text())
-    if not config["logger"]:
+def tell_loggers(run: Path, nodes: dict[str, Any], figures: dict[str, float]) -> None:
+    if not nodes:
         return
     state = load_checkpoint(run)
-    loggers = Loggers(list(build(config["logger"]).values()))
+    loggers = Loggers(list(build(nodes).values()))
+    config = yaml.safe_load((run / CONFIG).read_text())
     loggers.start(run, config, None if state is None else state["wandb_run_id"])
     # A step of its own: TensorBoard forgets what it was told of a step with which a run goes on.
     loggers.log({f"evaluation/{name}": value for name, value in figures.items()}, state_of(run).step + 1)

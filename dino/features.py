@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from dino.augmentation import EvalTransform
 from dino.broken import first_readable, note
-from dino.checkpoint import digest
 from dino.model import teacher_mode
+from dino.weights import checksum
 from dino.workers import Loader
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def kept(folder: Path, what: dict[str, Any], weights: nn.Module, make: Callable[
     """
     from safetensors.torch import load_file, save_file
 
-    path = folder / f"{digest(weights.state_dict(), what)[:24]}.safetensors"
+    path = folder / f"{checksum(weights.state_dict(), what)[:24]}.safetensors"
     if path.is_file():
         try:
             found = load_file(path)

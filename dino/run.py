@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino.allowlist import NotAllowed, allowed
 from dino.augmentation import DINOTransform, EvalTransform
 from dino.batch_norm import synchronise_batch_norm
 from dino.batches import Steps, accumulation_for, steps_in_epoch, steps_of
-from dino.checkpoint import load_teacher, seed_all
+from dino.checkpoint import seed_all
 from dino.config.node import build
 from dino.dataset.cache import cached
 from dino.device import autocast_for, choose_device, choose_precision, default_workers, describe
@@ -32,6 +33,7 @@ from dino.model import DinoModel, make_teacher
 from dino.optimizer import parameter_groups
 from dino.refused import Refused
 from dino.scheduler import Schedule
+from dino.weights import read_teacher
 
 SAVED = ("student", "teacher", "loss", "optimizer", "scaler")
 
@@ -185,7 +187,7 @@ def assemble(config: dict[str, Any]) -> Run:
     head = build(config["head"], input_dim=backbone.output_dim)
     student = DinoModel(backbone, head)
     if config["init_from"] is not None:
-        _initialise(student, config["init_from"])
+        _initialise(student, config)
     if training["synchronise_batch_norm"]:
         synchronise_batch_norm(student, device)
     student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -256,9 +258,17 @@ def _as(value: Any, parameter: Tensor) -> Any:
     return sharded_as(value, parameter) if same else value
 
 
-def _initialise(student: DinoModel, source: str) -> None:
+def _initialise(student: DinoModel, config: dict[str, Any]) -> None:
+    """The weights of config["init_from"]. Nothing that the file names is built; the command names the student."""
+    source = config["init_from"]
     try:
-        student.load_state_dict(load_teacher(source).state_dict())
+        file = read_teacher(source)
+        allowed("backbone", file.backbone, file.path, [*config["trust"], config["backbone"]["_target_"]])
+        allowed("head", file.head, file.path, [*config["trust"], config["head"]["_target_"]])
+        file.check_shapes(student.state_dict())
+        student.load_state_dict(file.weights())
+    except NotAllowed as refused:
+        raise Refused(f"init_from={source}: {refused}") from refused
     except (RuntimeError, ValueError, FileNotFoundError) as error:
         words = " ".join(str(error).split())
         raise Refused(f"init_from={source}: {words[:300]}; give a run of the same backbone and head.") from error

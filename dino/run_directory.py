@@ -27,6 +27,7 @@ FREE = (
     "name",
     "device",
     "logger",
+    "trust",
     "log_every_steps",
     "evaluate_every_epochs",
     "checkpoint",

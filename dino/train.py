@@ -305,8 +305,9 @@ def _checkpointer(
 ) -> Callable[[int, dict[str, Any], bool], None]:
     """A function that all processes call and the first writes in: (iteration, the journal's state, best so far?)."""
     from dino.broken import write_list
-    from dino.checkpoint import check_read_back, rng_state, save_checkpoint, save_teacher
+    from dino.checkpoint import check_read_back, rng_state, save_checkpoint
     from dino.finite import check_finite
+    from dino.weights import save_teacher
 
     images_by_class = _images_by_class(run.train_set)
 

@@ -8,7 +8,7 @@ components as red, green and blue. Components are those of all images of the cal
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dino.augmentation import MOST_PIXELS, EvalTransform
-from dino.checkpoint import load_teacher
 from dino.crops import resize
 from dino.device import choose_device
 from dino.features import features_of, frozen
@@ -27,6 +26,7 @@ from dino.memory import ran_out
 from dino.neighbours import nearest
 from dino.pictures import attention_row, fitted, images_in, opened, patch_row, picture_of, read, row_of, unique_names
 from dino.refused import Refused
+from dino.weights import load_teacher
 
 SIDE = 16  # pixels; images are brought to multiples of it, so that patches of 8 and 16 pixels see all of them
 
@@ -159,6 +159,9 @@ def main() -> None:
     parser.add_argument("--video", action="store_true", help="images are frames: numbered pictures and an animation")
     parser.add_argument("--fps", type=float, default=12.0, help="frames a second of the animation (%(default)s)")
     parser.add_argument("--animation", choices=("gif", "webp"), default="gif", help="its format (%(default)s)")
+    parser.add_argument(
+        "--trust", nargs="+", default=[], metavar="PACKAGE", help="packages of yours whose networks the file may name"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (%(default)s)")
     arguments = vars(parser.parse_args())
     try:
@@ -186,6 +189,7 @@ def visualize(
     video: bool = False,
     fps: float | int = 12.0,
     animation: str = "gif",
+    trust: Sequence[str] = (),
     device: str = "auto",
 ) -> list[str]:
     """Writes the pictures; returns sentences about what was written and what could not be.
@@ -198,7 +202,7 @@ def visualize(
             raise Refused(f"--{name} must be {least} or more{f', at most {most}' * (most < math.inf)}, got {value}.")
     if mass is not None and not 0 < mass <= 1:
         raise Refused(f"--mass must be a fraction above 0 and at most 1, got {mass}.")
-    model, on = load_teacher(checkpoint), choose_device(device)
+    model, on = load_teacher(checkpoint, trust), choose_device(device)
     backbone = model.backbone.to(on)
     known: dict[str, Any] = model.preprocessing  # type: ignore[assignment]
     if foreground and not has_attention(backbone):

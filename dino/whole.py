@@ -1,8 +1,10 @@
 """Files that are whole or not there at all."""
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 
 @contextlib.contextmanager
@@ -18,3 +20,22 @@ def whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_durably(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """`path` as `write` writes it into a file: whole or not at all, and on the disk when this returns.
+
+    Raises OSError, in the disk's words, where it cannot be written.
+    """
+    with whole(path) as partial, open(partial, "wb") as file:
+        try:
+            write(file)
+        except RuntimeError as error:  # torch.save's own, of a file that it could not end
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        file.flush()
+        os.fsync(file.fileno())
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself survives a power cut
+    finally:
+        os.close(folder)

@@ -16,7 +16,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from dino.augmentation import EvalTransform
-from dino.checkpoint import load_teacher
 from dino.config import CONF, compose
 from dino.dataset.textures import Textures
 from dino.evaluate import RESULTS, evaluate, table
@@ -24,6 +23,7 @@ from dino.features import features_of
 from dino.history import History
 from dino.measures import Probed
 from dino.refused import Refused
+from dino.weights import load_teacher
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["dataset.train.images=60", "dataset.val.images=40", "dataset.global_size=32", "dataset.local_size=16"]

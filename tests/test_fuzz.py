@@ -20,7 +20,6 @@ from test_dataset import serve_cifar10
 
 from dino.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from dino.backbone.vit_tiny import ViTTiny
-from dino.checkpoint import save_teacher
 from dino.config import CONF, command
 from dino.config import trial as config_trial
 from dino.config.check import check
@@ -30,6 +29,7 @@ from dino.model import DinoModel
 from dino.refused import Refused
 from dino.run import assemble
 from dino.train import run, train
+from dino.weights import save_teacher
 
 # As one writes it in an override, and what it means.
 BAD = {

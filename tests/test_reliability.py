@@ -17,18 +17,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import CONFIG, teacher
 from test_train import ROOT, TINY, assert_same_run, assert_same_state, final, program
+from test_weights import CONFIG, teacher
 
 import dino.evaluator
 import dino.report
-from dino.checkpoint import load_checkpoint, save_checkpoint, save_teacher
+from dino.checkpoint import load_checkpoint, save_checkpoint
 from dino.config import CONF, compose
 from dino.history import History
 from dino.journal import Interrupted
 from dino.logger import CSVLogger
 from dino.run_directory import DiskFull, claim, lock
 from dino.train import run
+from dino.weights import save_teacher
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 SHORT = [*TINY, "evaluator=none", "training.max_steps=24"]  # two epochs
@@ -127,7 +128,10 @@ def test_a_run_killed_twenty_times_while_saving_too_ends_bit_identical(tmp_path)
     for kill in range(20):
         arguments, before = ["-m", "dino.train"], newest()
         if while_saving := kill % 2 == 1:
-            ours = ["dino/journal.py,dino/checkpoint.py,dino/whole.py,dino/history.py", str(random.randint(1, 150))]
+            ours = [
+                "dino/journal.py,dino/checkpoint.py,dino/weights.py,dino/whole.py,dino/history.py",
+                str(random.randint(1, 150)),
+            ]
             torchs = ["torch/serialization.py", str(random.randint(1, 3000))]
             arguments = ["-c", KILLED_WHILE_SAVING, *random.choice([ours, torchs])]
         with subprocess.Popen(

@@ -13,7 +13,6 @@ from torch import nn
 from dino.backbone.resnet import SmallResNet
 from dino.backbone.vit import ViT
 from dino.backbone.vit_tiny import ViTTiny
-from dino.checkpoint import save_teacher
 from dino.head import DinoProjectionHead
 from dino.model import DinoModel
 from dino.pictures import images_in, overlay, painted, row_of
@@ -28,6 +27,7 @@ from dino.visualize import (
     principal_colours,
     visualize,
 )
+from dino.weights import save_teacher
 
 PREPROCESSING = {"size": 32, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 

@@ -142,7 +142,9 @@ def pretrained_network(pretrained: bool | str, architecture: tuple[int, int, int
                 f"ViT: {pretrained} has an MLP of {config.intermediate_size}, {config.hidden_act} and "
                 f"qkv_bias={config.qkv_bias}; expected {4 * architecture[0]}, gelu and true. Take another ViT."
             )
-        return ViTModel.from_pretrained(pretrained, config=config, add_pooling_layer=False, dtype=torch.float32)
+        return ViTModel.from_pretrained(
+            pretrained, config=config, add_pooling_layer=False, dtype=torch.float32, use_safetensors=True
+        )
     except OSError as error:
         raise FileNotFoundError(
             f"ViT: no pretrained weights at {pretrained}: it is neither a folder with config.json and "

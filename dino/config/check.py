@@ -47,6 +47,11 @@ def _above_zero(unless_null: bool = False) -> Rule:
 
 FRACTION = Rule(float, "a number in [0, 1]", lambda v: 0 <= v <= 1)
 TEXT = Rule(str | None, "a text or null", lambda v: v != "")
+NAMES = Rule(
+    list[str],
+    "a list of dotted names, such as [my_package]",
+    lambda v: all(part.isidentifier() for name in v for part in name.split(".")),
+)
 
 # conf/train.yaml's keys outside the groups, and what every dataset's YAML gives for others to read.
 OWN: dict[str, Rule] = {
@@ -56,6 +61,7 @@ OWN: dict[str, Rule] = {
     "precision": Rule(Literal["auto", "fp32", "bf16", "fp16"]),
     "compile": Rule(bool),
     "init_from": TEXT,
+    "trust": NAMES,
     "training.epochs": _from(1),
     "training.max_steps": _from(1, unless_null=True),
     "training.batch_size": _from(1),

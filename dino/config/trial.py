@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dino.config.node import (
     value_at,
 )
 from dino.distributed import place
+from dino.weightless import needs_weights, weightless
 
 # Arguments that the run gives to a part, with the key that each comes from and a value to try where that key is wrong.
 LATE: dict[str, dict[str, tuple[str, Any]]] = {
@@ -43,44 +44,20 @@ LATE: dict[str, dict[str, tuple[str, Any]]] = {
 
 
 BUGS = (NameError, AttributeError, SyntaxError)  # a mistake in a class, not in its values: its traceback is what helps
-TENSORS, PARAMETERS = 5_000, 10**11  # more than any model that this is for; stops depth=1000000000 within a second
-
-
-@contextlib.contextmanager
-def _weightless() -> Iterator[None]:
-    """Modules made inside have shapes and no memory. Raises ValueError in the one that grows past all reason."""
-    import torch
-    from torch.nn.modules.module import register_module_parameter_registration_hook
-
-    tensors = parameters = 0
-
-    def registered(module: Any, name: str, parameter: Any) -> None:
-        nonlocal tensors, parameters
-        tensors += 1
-        parameters += parameter.numel() if parameter is not None else 0
-        if tensors > TENSORS or parameters > PARAMETERS:
-            raise ValueError(f"more than {TENSORS:,} tensors or {PARAMETERS:,} parameters; make it smaller")
-
-    handle = register_module_parameter_registration_hook(registered)
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        handle.remove()
 
 
 def try_parts(config: Mapping[str, Any], problems: Problems) -> int:
     """Makes each cheap part once (no dataset is cheap); returns how many parameters backbone and head have."""
     augmentation = _attempt("augmentation", config, problems)
-    backbone = _attempt("backbone", config, problems, within=_weightless, drop=("pretrained",))
+    backbone = _attempt("backbone", config, problems, within=weightless, drop=("pretrained",))
     if backbone is not None:
         _check_forward(backbone, config, problems)
-    head = _attempt("head", config, problems, {"input_dim": getattr(backbone, "output_dim", None)}, within=_weightless)
+    head = _attempt("head", config, problems, {"input_dim": getattr(backbone, "output_dim", None)}, within=weightless)
     if missing := [name for name in ("factors", "last_layer") if head is not None and not hasattr(head, name)]:
         lacks = f"{type(head).__name__} has no {' and no '.join(missing)}"
         problems.add("head", f"head: {lacks}, which training uses: write it as dino/head.py does, or take head=dino.")
     crops = {name: getattr(augmentation, name, None) for name in ("ncrops", "n_global_crops")}
-    _attempt("loss", config, problems, crops, within=_weightless)
+    _attempt("loss", config, problems, crops, within=weightless)
     _attempt("optimizer", config, problems, after=lambda made: made.step(), fresh={"params": _dummy_parameters})
     late = {name: value_at(config, path) for name, (path, _) in LATE["scheduler"].items() if path not in problems}
     if late.get("effective_batch") is None and not problems.within("training"):
@@ -102,10 +79,10 @@ def _check_forward(backbone: Any, config: Mapping[str, Any], problems: Problems)
         if not isinstance(size, int) or not 0 < size < 100_000 or key in problems or "backbone" in problems:
             continue
         try:
-            with torch.no_grad(), _weightless():
+            with torch.no_grad(), weightless():
                 shape = tuple(backbone(torch.zeros(2, 3, size, size)).shape)
         except (RuntimeError, ValueError) as error:
-            if not _needs_weights(error):
+            if not needs_weights(error):
                 problems.add(key, f"{key}={size}: the backbone takes no such images: {' '.join(str(error).split())}")
             continue
         if shape != (2, getattr(backbone, "output_dim", None)):
@@ -184,7 +161,7 @@ def _attempt(
                 raise
             return error
         except Exception as error:
-            return None if _needs_weights(error) else error
+            return None if needs_weights(error) else error
         return None
 
     for key in [key for key in given if origin[key] in problems]:
@@ -250,8 +227,3 @@ def _words(error: Exception, name: str) -> str:
         return said
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"{said} ({type(error).__name__} in {Path(where.filename).name}, line {where.lineno})"
-
-
-def _needs_weights(error: Exception) -> bool:
-    """Torch's complaint of an operation that a tensor without memory can't do: nothing is known then."""
-    return isinstance(error, RuntimeError) and "meta" in str(error).lower()
