@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import pkgutil
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +70,15 @@ def allowed(group: Group, node: Any, source: str | Path, trust: str | Sequence[s
     if not trusted:
         _check_values(target, arguments, source)
     return arguments | {key: value for key, value in OFFLINE.items() if key in arguments}
+
+
+def names_in(node: Any) -> Iterator[str]:
+    """The classes that a node names, itself and within it: what a command names, a file may name as well."""
+    inner = node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ()
+    for value in inner:
+        yield from names_in(value)
+    if isinstance(node, Mapping) and "_target_" in node:
+        yield str(node["_target_"])
 
 
 def network(node: Mapping[str, Any], **late: Any) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino.allowlist import NotAllowed, allowed
+from dino.allowlist import Group, NotAllowed, allowed, names_in
 from dino.augmentation import DINOTransform, EvalTransform
 from dino.batch_norm import synchronise_batch_norm
 from dino.batches import Steps, accumulation_for, steps_in_epoch, steps_of
@@ -263,8 +263,9 @@ def _initialise(student: DinoModel, config: dict[str, Any]) -> None:
     source = config["init_from"]
     try:
         file = read_teacher(source)
-        allowed("backbone", file.backbone, file.path, [*config["trust"], config["backbone"]["_target_"]])
-        allowed("head", file.head, file.path, [*config["trust"], config["head"]["_target_"]])
+        parts: dict[Group, Any] = {"backbone": file.backbone, "head": file.head}
+        for group, node in parts.items():
+            allowed(group, node, file.path, [*config["trust"], *names_in(config[group])])
         file.check_shapes(student.state_dict())
         student.load_state_dict(file.weights())
     except NotAllowed as refused:
