@@ -1,6 +1,6 @@
 """Files from a stranger, made with the stranger's own tools: no command that reads one runs anything in it.
 
-Each payload was seen to do its harm before dino/allowlist.py was there, in the places named beside it.
+Each kind of payload was seen to do its harm before dino/allowlist.py was there: to execute, import or download.
 """
 
 import hashlib
@@ -211,9 +211,7 @@ CONFIGS = {
     "logger, a function of the system": {"logger": SHELL},
     "logger, a module in the current folder": {"logger": {"_target_": "evil.Net"}},
     "logger, functools.partial": {"logger": {"_target_": "functools.partial", "func": UNPICKLE}},
-    "logger, a node within": {
-        "logger": {"_target_": "dino.logger.WandbLogger", "mode": "offline", "project": UNPICKLE}
-    },
+    "logger, a node within": {"logger": {"_target_": "dino.logger.WandbLogger", "project": UNPICKLE}},
 }
 
 

@@ -432,6 +432,25 @@ def test_imagenette_is_downloaded_where_it_is_missing(tmp_path, server, monkeypa
     assert [path.name for path in Path("data").iterdir()] == ["imagenette2-160"]  # no archive, no temporary folder
 
 
+@pytest.mark.parametrize("kind", ["above the folder", "a link that leads out", "a device"])
+def test_an_archive_writes_nothing_outside_its_folder(tmp_path, server, monkeypatch, kind):
+    archive = serve_imagenette(*server, monkeypatch)
+    member = tarfile.TarInfo("../../../escaped" if kind == "above the folder" else "imagenette2-160/escaped")
+    if kind != "above the folder":
+        member.type = tarfile.SYMTYPE if kind == "a link that leads out" else tarfile.CHRTYPE
+        member.linkname = str(tmp_path) if kind == "a link that leads out" else ""
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "server" / "imagenette2-160", "imagenette2-160")
+        tar.addfile(member)
+    checksum = hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(torchvision.datasets.Imagenette._ARCHIVES, "160px", (f"{server[1]}/{archive.name}", checksum))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileNotFoundError, match="downloading it failed .*escaped"):
+        Imagenette("data", "train")
+    assert not list(tmp_path.rglob("escaped")) and list(Path().iterdir()) == []
+
+
 @pytest.mark.parametrize("fault", ["no server", "wrong checksum"])
 def test_a_failed_download_is_one_sentence_and_leaves_nothing(tmp_path, server, monkeypatch, fault):
     archive = serve_imagenette(*server, monkeypatch)
