@@ -1,4 +1,4 @@
-# A machine needs Python 3.11+ and make, nothing else; uv is used where it is installed.
+# A machine needs Python 3.11.4+ and make, nothing else; uv is used where it is installed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -33,7 +33,7 @@ lint: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml
 	if command -v uv > /dev/null; \
-	then uv venv --allow-existing -q $(VENV) && uv pip install -q --python $(BIN)/python -e '.[dev]'; \
+	then uv venv --allow-existing -q --python $(PYTHON) $(VENV) && uv pip install -q --python $(BIN)/python -e '.[dev]'; \
 	else $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q -e '.[dev]'; \
 	fi
 	touch $@

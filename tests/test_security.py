@@ -1,6 +1,6 @@
 """Nothing from outside is executed, and no key of an account is written down.
 
-What a file may name is tested in test_allowlist.py; that downloads are held against their checksums is tested in test_dataset.py.
+What a file may name is tested in test_allowlist.py, that downloads are held against their checksums in test_dataset.py.
 """
 
 import ast
@@ -67,14 +67,14 @@ IMPORTS_BY_NAME = {"dino/__init__.py", "dino/allowlist.py", "dino/config/node.py
 
 
 def test_a_module_is_imported_by_name_in_few_places():
-    found = set()
-    for path in SOURCES:
-        for node in ast.walk(ast.parse((ROOT / path).read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
-                ("import_module", "_locate", "get_class")
-            ):
-                if not isinstance(node.args[0], ast.Constant):
-                    found.add(str(path))
+    importers = ("import_module", "_locate", "get_class", "get_method", "get_object")
+    found = {
+        str(path)
+        for path in SOURCES
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(importers)
+        if not isinstance(node.args[0], ast.Constant)
+    }
     assert found == IMPORTS_BY_NAME
 
 
