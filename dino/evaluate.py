@@ -172,10 +172,10 @@ def subject_of(config: dict[str, Any]) -> Subject:
         prepared, directory = {"size": config["dataset"]["eval_size"]}, None
     else:
         given = Path(config["run"] or config["checkpoint"])
-        directory = next((folder for folder in (given, *given.parents[:2]) if (folder / CONFIG).is_file()), None)
-        if directory is not None:
-            trained = from_run(directory / CONFIG, config)
         try:
+            directory = next((folder for folder in (given, *given.parents[:2]) if (folder / CONFIG).is_file()), None)
+            if directory is not None:
+                trained = from_run(directory / CONFIG, config)
             teacher: Any = load_teacher(given, config["trust"])
         except Refused:
             raise
