@@ -39,6 +39,18 @@ class Gray:
         return torch.full((3, 20, 24), 128, dtype=torch.uint8), index
 
 
+def torch_handler():
+    """torch sets its handler once in a process: another test may have taken it away."""
+    from torch.utils.data._utils import signal_handling
+
+    before = signal.getsignal(signal.SIGCHLD)
+    signal_handling._SIGCHLD_handler_set = False
+    signal_handling._set_SIGCHLD_handler()
+    handler = signal.signal(signal.SIGCHLD, before)
+    assert handler.__module__ == signal_handling.__name__
+    return handler
+
+
 def steps(images, count=2):
     return Steps(images, TRANSFORM, batch_size=4, num_workers=count, end=16)
 
@@ -78,6 +90,16 @@ def test_a_dying_worker_interrupts_nothing_that_the_process_does_meanwhile():
     with pytest.raises(WorkerLost):
         for _, parts in batches:
             list(parts)
+
+
+def test_neither_does_it_where_a_loader_of_torchs_own_was_used_before():
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        for _ in torch.utils.data.DataLoader(torch.arange(2), num_workers=1):
+            signal.signal(signal.SIGCHLD, torch_handler())
+        test_a_dying_worker_interrupts_nothing_that_the_process_does_meanwhile()
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def test_a_worker_that_hangs_is_named_and_killed_after_the_patience(monkeypatch):
