@@ -84,12 +84,12 @@ def load_teacher(path: str | Path, trust: str | Sequence[str] = ()) -> DinoModel
     }
     try:
         with weightless():
-            file.check_shapes(_built(config).state_dict())
-    except ValueError:
-        raise
+            expected = _built(config).state_dict()
     except Exception as error:  # arguments from a file can make a constructor raise anything
         if not needs_weights(error):  # a trusted network that cannot be made without: compared as soon as it is made
             raise _unfit(file, error) from error
+    else:
+        file.check_shapes(expected)
     model = _built(config)
     file.check_shapes(model.state_dict())
     model.load_state_dict(file.weights())
