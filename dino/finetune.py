@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dino.augmentation import EvalTransform, image_tensor
@@ -19,6 +19,7 @@ from dino.crops import crop_box, cut
 from dino.features import collate, features_of
 from dino.scheduler import cosine_warmup
 from dino.views import GEOMETRY
+from dino.workers import Loader
 
 
 def finetune(
@@ -57,7 +58,7 @@ def finetune(
     batch_size = min(batch_size, len(train))
     steps_per_epoch = len(train) // batch_size
     steps, warmup = epochs * steps_per_epoch, round(min(warmup_epochs, epochs / 5) * steps_per_epoch)
-    loader = DataLoader(
+    loader = Loader(
         LabelledCrops(train, transform.size, scale, seed),
         batch_sampler=StepSampler(len(train), batch_size, 1, seed, 0, steps),
         collate_fn=collate,

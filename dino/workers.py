@@ -30,8 +30,8 @@ class Loader(DataLoader[Any]):
         if workers and threading.current_thread() is threading.main_thread():
             # torch's handler raises wherever the process is when a worker dies, in the middle of a checkpoint too. Any
             # loader sets it, and the first one of a process may have been torch's own.
-            torchs = getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs else handler or signal.SIG_DFL)
+            of_torch = getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if of_torch or handler is None else handler)
         while True:
             # In place of the loader's timeout: to open what a worker handed over may hang too, and there it has none.
             watch, asked = threading.Timer(PATIENCE, _kill, [workers]), time.monotonic()
