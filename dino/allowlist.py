@@ -6,17 +6,19 @@ imported, and every argument is a plain value. What a user types in a command or
 here: it is the user's own. docs/security.md has the whole picture.
 """
 
+import functools
 import importlib
 import importlib.util
 import pkgutil
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from dino.refused import Refused
+from dino.refused import Refused, shown
+from dino.whole import exists
 
 Group = Literal["backbone", "head", "augmentation", "dataset", "logger"]
 
@@ -40,6 +42,8 @@ TIMM_OPTIONS = frozenset(
     | {"pos_drop_rate", "patch_drop_rate"}
 )
 
+_shown = functools.partial(shown, most=80)  # names are longer than values
+
 
 class NotAllowed(Refused):
     """A file names a class or a value that is not on the list."""
@@ -61,24 +65,17 @@ def allowed(group: Group, node: Any, source: str | Path, trust: str | Sequence[s
     found = _class(target)
     if found is None or not _fits(group, found) or not (trusted or found.__module__ == target.rpartition(".")[0]):
         raise NotAllowed(f"{source}: its {group} is {target}, which is no class of a {group}; use another file.")
-    for key, value in node.items():
-        if not isinstance(key, str) or (key.startswith("_") and key not in ("_target_", "_partial_")):
-            raise NotAllowed(f"{source}: its {group} has the key {_shown(key)}, which no file may have; use another.")
-        if key not in ("_target_", "_partial_"):
-            _check_plain(value, f"{source}: its {group}.{key}", nodes=trusted)
+    plain = {key: value for key, value in node.items() if key != "_target_"}
+    _check_plain(plain, f"{source}: its {group}", nodes=trusted)
     arguments = {key: _resolved(value, source, trust) for key, value in node.items()}
     if not trusted:
         _check_values(target, arguments, source)
     return arguments | {key: value for key, value in OFFLINE.items() if key in arguments}
 
 
-def names_in(node: Any) -> Iterator[str]:
-    """The classes that a node names, itself and within it: what a command names, a file may name as well."""
-    inner = node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ()
-    for value in inner:
-        yield from names_in(value)
-    if isinstance(node, Mapping) and "_target_" in node:
-        yield str(node["_target_"])
+def dotted(name: str) -> bool:
+    """Whether that is the name of a package, a module or a class: identifiers with dots between them."""
+    return all(part.isidentifier() for part in name.split("."))
 
 
 def network(node: Mapping[str, Any], **late: Any) -> nn.Module:
@@ -132,7 +129,7 @@ def _check_plain(value: Any, where: str, nodes: bool) -> None:
         for key, item in value.items():
             if not isinstance(key, str) or (key.startswith("_") and key not in ("_target_", "_partial_")):
                 raise NotAllowed(f"{where} has the key {_shown(key)}, which no file may have; use another file.")
-            _check_plain(item, where, nodes)
+            _check_plain(item, f"{where}.{key}", nodes)
     elif not (value is None or isinstance(value, bool | int | float | str)):
         raise NotAllowed(
             f"{where} is of {type(value).__name__}, where only plain values are allowed; use another file."
@@ -169,7 +166,7 @@ def _check_values(target: str, arguments: Mapping[str, Any], source: str | Path)
             raise NotAllowed(
                 f"{source}: its backbone is {name}, no plain name of a timm model, {_only_trusted(target)}"
             )
-    if target == "dino.dataset.hf.HuggingFace" and not _is_here(str(arguments.get("path"))):
+    if target == "dino.dataset.hf.HuggingFace" and not exists(str(arguments.get("path"))):
         path = _shown(arguments.get("path"))
         raise NotAllowed(
             f"{source}: its data set is {path}, which is not on this machine, and a file may not have it downloaded; "
@@ -177,17 +174,10 @@ def _check_values(target: str, arguments: Mapping[str, Any], source: str | Path)
         )
 
 
-def _is_here(path: str) -> bool:
-    try:
-        return Path(path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a null byte, no such user's home
-        return False
-
-
 def _names(trust: str | Sequence[str]) -> tuple[str, ...]:
     names = (trust,) if isinstance(trust, str) else tuple(trust)
     for name in names:
-        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+        if not isinstance(name, str) or not dotted(name):
             raise Refused(f"trust={_shown(name)}: expected dotted names of packages or classes, such as my_package.")
     return names
 
@@ -204,8 +194,3 @@ def _only_trusted(name: str) -> str:
         "so nothing of it was imported. If you know who made the file and what that code does, give "
         f'trust=[{name}] (dino.visualize: --trust {name}; in Python: load_teacher(path, trust=("{name}",))).'
     )
-
-
-def _shown(value: Any) -> str:
-    text = " ".join(str(value).split()) or repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

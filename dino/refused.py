@@ -1,4 +1,6 @@
-"""The exception of every refusal."""
+"""The exception of every refusal, and how a value stands in its sentence."""
+
+from typing import Any
 
 
 class Refused(ValueError):
@@ -7,3 +9,11 @@ class Refused(ValueError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """A value as one would write it in an override, cut where it has more than `most` letters."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = " ".join(str(value).split()) or repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."

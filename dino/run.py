@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino.allowlist import Group, NotAllowed, allowed, names_in
+from dino.allowlist import Group, NotAllowed, allowed
 from dino.augmentation import DINOTransform, EvalTransform
 from dino.batch_norm import synchronise_batch_norm
 from dino.batches import Steps, accumulation_for, steps_in_epoch, steps_of
 from dino.checkpoint import seed_all
+from dino.config.check import nodes
 from dino.config.node import build
 from dino.dataset.cache import cached
 from dino.device import autocast_for, choose_device, choose_precision, default_workers, describe
@@ -265,7 +266,8 @@ def _initialise(student: DinoModel, config: dict[str, Any]) -> None:
         file = read_teacher(source)
         parts: dict[Group, Any] = {"backbone": file.backbone, "head": file.head}
         for group, node in parts.items():
-            allowed(group, node, file.path, [*config["trust"], *names_in(config[group])])
+            named = [str(own["_target_"]) for _, own in nodes(config[group])]  # in the command: it is trusted
+            allowed(group, node, file.path, [*config["trust"], *named])
         file.check_shapes(student.state_dict())
         student.load_state_dict(file.weights())
     except NotAllowed as refused:

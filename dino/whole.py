@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all."""
+"""Files that are whole or not there at all, and whether one is there."""
 
 import contextlib
 import os
@@ -39,3 +39,11 @@ def write_durably(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.fsync(folder)  # the rename itself survives a power cut
     finally:
         os.close(folder)
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file or folder, of any text: one that no path can be is none."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, no such user's home
+        return False

@@ -5,7 +5,6 @@ Each kind of payload was seen to do its harm before dino/allowlist.py was there:
 
 import hashlib
 import json
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from test_evaluate import program as python
 from test_train import ROOT, TINY, program
 
 import dino
@@ -363,12 +363,6 @@ def own(tmp_path_factory):
 def own_command(steps, name="a"):
     small = [override for override in TINY if not override.startswith("backbone.")]
     return ["--config-dir=conf", "backbone=own", *small, f"training.max_steps={steps}", f"name={name}"]
-
-
-def python(module, *arguments, cwd):
-    command = [sys.executable, "-m", module, *arguments]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.parametrize("file", ["teacher.safetensors", "checkpoints/step_000000002.pt"])

@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+from dino.allowlist import dotted
 from dino.config.machine import check_machine
-from dino.config.node import Misfit, Problems, TooLarge, did_you_mean, fitted, is_node, misfits, shown, value_at
+from dino.config.node import Misfit, Problems, TooLarge, did_you_mean, fitted, is_node, misfits, value_at
 from dino.config.trial import LATE, try_parts
 from dino.device import DEVICES
 from dino.distributed import place
+from dino.refused import shown
 
 
 class Rule(NamedTuple):
@@ -50,7 +52,7 @@ TEXT = Rule(str | None, "a text or null", lambda v: v != "")
 NAMES = Rule(
     list[str],
     "a list of dotted names, such as [my_package]",
-    lambda v: all(part.isidentifier() for name in v for part in name.split(".")),
+    lambda v: all(map(dotted, v)),
 )
 
 # conf/train.yaml's keys outside the groups, and what every dataset's YAML gives for others to read.
@@ -123,7 +125,7 @@ def check(config: Any, here: bool = True) -> list[str]:
         return [f"the config: expected a dict with texts for keys, got {shown(config)}."]
     problems = Problems()
     _check_own_keys(config, problems)
-    for path, node in _nodes(config):
+    for path, node in nodes(config):
         for key, text in misfits(path, node, LATE.get(path, {})):
             problems.add(key, text)
     _check_between_parts(config, problems)
@@ -152,12 +154,13 @@ def warnings_of(config: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _nodes(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def nodes(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, node) of every node of a plain config: itself, and those within it."""
     if is_node(value):
         yield path, value
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, inner in items:
-        yield from _nodes(inner, f"{path}.{key}" if path else str(key))
+        yield from nodes(inner, f"{path}.{key}" if path else str(key))
 
 
 def _check_own_keys(config: Mapping[str, Any], problems: Problems) -> None:

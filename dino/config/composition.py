@@ -13,8 +13,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from dino.config.node import did_you_mean, ended, shown
-from dino.refused import Refused
+from dino.config.node import did_you_mean, ended
+from dino.refused import Refused, shown
 
 # Hydra has plain ValueErrors and TypeErrors too, for an override of a wrong kind (backbone=1).
 FAILURES = (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, AttributeError)

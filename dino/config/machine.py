@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dino.config.node import Problems, shown, value_at
+from dino.config.node import Problems, value_at
 from dino.distributed import place
-from dino.refused import Refused
+from dino.refused import Refused, shown
+from dino.whole import exists
 
 
 def check_machine(config: Mapping[str, Any], problems: Problems, parameters: int) -> None:
@@ -32,7 +33,7 @@ def check_machine(config: Mapping[str, Any], problems: Problems, parameters: int
             "compile", "compile=true: torch.compile needs a C++ compiler, and none is installed; use compile=false"
         )
     start = value_at(config, "init_from")
-    if "init_from" not in problems and start is not None and not _exists(start):
+    if "init_from" not in problems and start is not None and not exists(start):
         problems.add("init_from", f"init_from={shown(start)}: there is no such run directory or file")
     _check_root(config, problems)
     _check_memory(config, problems, parameters)
@@ -56,13 +57,6 @@ def _device(config: Mapping[str, Any], problems: Problems) -> str:
         return kind
 
 
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a null byte, no such user's home
-        return False
-
-
 def _check_root(config: Mapping[str, Any], problems: Problems) -> None:
     dataset = config.get("dataset")
     if not isinstance(dataset, Mapping) or "root" not in dataset:
@@ -72,7 +66,7 @@ def _check_root(config: Mapping[str, Any], problems: Problems) -> None:
         problems.add(
             "dataset.root", f"dataset.root={shown(root)}: expected the folder of the images; give dataset.root=<folder>"
         )
-    elif not _exists(root) and (Path(root).is_absolute() or not fetches or "\0" in root or len(root) > 4096):
+    elif not exists(root) and (Path(root).is_absolute() or not fetches or "\0" in root or len(root) > 4096):
         problems.add(
             "dataset.root", f"dataset.root={shown(root)}: there is no such folder; give the one that holds the images"
         )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from dino.refused import Refused
+from dino.refused import Refused, shown
 
 
 class Misfit(TypeError):
@@ -59,14 +59,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "; did you mean ...?" of the nearest known word, or nothing."""
     close = difflib.get_close_matches(word, [name for name in known if isinstance(name, str)], n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def shown(value: Any) -> str:
-    """A value as one would write it in an override, cut where it is long."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = " ".join(str(value).split()) or repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def ended(text: str) -> str:

@@ -16,10 +16,10 @@ from dino.config.node import (
     is_node,
     locate,
     sentence,
-    shown,
     value_at,
 )
 from dino.distributed import place
+from dino.refused import shown
 from dino.weightless import needs_weights, weightless
 
 # Arguments that the run gives to a part, with the key that each comes from and a value to try where that key is wrong.
