@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino.config import CONF, compose
-from dino.config.node import build
+from dino.config.node import build_node
 from dino.model import DinoModel
 
 PEAK = 989e12  # FLOP/s of an H100 SXM in dense bf16, NVIDIA's data sheet
@@ -34,8 +34,8 @@ BANDWIDTH = {  # bytes a second that one process's ring moves, each way
 def network(backbone: str) -> tuple[DinoModel, dict]:
     config = compose(["experiment=imagenet_vits16", "dataset.root=/", f"backbone={backbone}"], "train", CONF)
     with torch.device("meta"):
-        body = build(config["backbone"])
-        return DinoModel(body, build(config["head"], input_dim=body.output_dim)), config["augmentation"]
+        body = build_node(config["backbone"])
+        return DinoModel(body, build_node(config["head"], input_dim=body.output_dim)), config["augmentation"]
 
 
 def parameters(model: torch.nn.Module) -> int:
@@ -106,9 +106,9 @@ def train(processes: int, steps: int, folder: str) -> tuple[float, float, int]:
         state = torch.load(
             max(Path(folder, "outputs", f"of_{length}", "checkpoints").glob("step_*.pt")), weights_only=True
         )
-        seconds.append(state["metrics"]["training_seconds"])
+        seconds.append(state["journal"]["training_seconds"])
         done.append(state["iteration"])
-        batch, student = state["effective_batch"], state["student"]
+        batch, student = state["effective_batch"], state["student_state_dict"]
     fixed = ("original0", "running_", "num_batches")  # the last layer's norms, and buffers
     count = sum(value.numel() for name, value in student.items() if not any(word in name for word in fixed))
     assert done == [steps, 2 * steps]

@@ -8,6 +8,8 @@ from typing import Any
 # memory goes (ViT-S/16 in bf16: up to a tenth of a step). torch reads it once, before its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+__version__ = "0.1.0"
+
 _HOME = {
     "DINOTransform": "augmentation",
     "EvalTransform": "augmentation",
@@ -27,6 +29,12 @@ _HOME = {
     "write_report": "report",
     "Schedule": "scheduler",
     "attention_maps": "visualize",
+    "build": "config.parts",
+    "clip_gradients": "optimizer",
+    "compose": "config.parts",
+    "get_backbone": "config.parts",
+    "get_dataset": "config.parts",
+    "get_momentum_schedule": "scheduler",
     "patch_tokens": "visualize",
     "pca_rgb": "visualize",
 }
@@ -38,3 +46,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'dino' has no attribute {name!r}")
     return getattr(import_module(f"dino.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

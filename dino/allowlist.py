@@ -158,11 +158,11 @@ def _made(value: Any) -> Any:
 def _check_values(target: str, arguments: Mapping[str, Any], source: str | Path) -> None:
     """Values with which a known class would read or download what the file chooses."""
     if target == "dino.backbone.timm.Timm":
-        given = {key for key in arguments if not key.startswith("_")} - {"name", "pretrained"}
+        given = {key for key in arguments if not key.startswith("_")} - {"model_name", "pretrained"}
         if more := sorted(given - TIMM_OPTIONS):
             raise NotAllowed(f"{source}: its backbone has the timm option {_shown(more[0])}, {_only_trusted(target)}")
-        if not re.fullmatch(r"[A-Za-z0-9_.]+", str(arguments.get("name"))):
-            name = _shown(arguments.get("name"))
+        if not re.fullmatch(r"[A-Za-z0-9_.]+", str(arguments.get("model_name"))):
+            name = _shown(arguments.get("model_name"))
             raise NotAllowed(
                 f"{source}: its backbone is {name}, no plain name of a timm model, {_only_trusted(target)}"
             )

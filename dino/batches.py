@@ -1,6 +1,7 @@
 """From a dataset to the steps of a run: which images, in which order, from which step on."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from dino.broken import TooManyBroken, note
 from dino.refused import Refused
 from dino.views import Samples, crops_of
 from dino.workers import Loader
+
+Batch = tuple[list[Tensor], Tensor]  # views and labels of one forward pass
 
 # One stream of random numbers for each use, so that no two uses ever share one. 2 is dino.views.GEOMETRY.
 ORDER, PHOTOMETRY = 1, 3
@@ -112,17 +115,49 @@ class Steps:
         return self.sampler.end - self.sampler.start
 
     def __iter__(self) -> Iterator[tuple[int, Iterator[list[Tensor]]]]:
+        for step, parts in self.labelled():
+            yield step, (views for views, _ in parts)
+
+    def labelled(self) -> Iterator[tuple[int, Iterator[Batch]]]:
+        """The same with the labels of each part: [batch] on the CPU, -1 where there is none."""
         batches = iter(self.loader)
         for step in range(self.sampler.start, self.sampler.end):
             yield step, self._parts(step, batches)
 
-    def _parts(self, step: int, batches: Iterator[tuple[Any, list[str]]]) -> Iterator[list[Tensor]]:
+    def _parts(self, step: int, batches: Iterator[tuple[Any, list[str]]]) -> Iterator[Batch]:
         for part in range(self.accumulation):
             batch, broken = _next(batches)
             note(broken, self.broken)
-            views = self.crops.views(batch, self.device)
+            views, labels = self.crops.views(batch, self.device)
             start = self.sampler.position(part)
-            yield self.transform.augment(views, seed=(self.seed, PHOTOMETRY, step), start=start)
+            yield self.transform.augment(views, seed=(self.seed, PHOTOMETRY, step), start=start), labels
+
+
+class TrainLoader:
+    """`for views, labels in loader`: one epoch in micro-batches, the very ones that a run trains on.
+
+    views: a list of tensors [batch, 3, size, size] on the device, in view order; labels: [batch] on the CPU. `epoch` is
+    the one that the next pass yields: a pass that ends adds 1 to it, and one that is broken off begins again.
+
+    steps: the Steps from a given one on, without end. passes: forward passes of this process to one step.
+    """
+
+    def __init__(self, steps: Callable[[int], Steps], steps_per_epoch: int, passes: int) -> None:
+        self.steps, self.steps_per_epoch, self.passes = steps, steps_per_epoch, passes
+        self.epoch = 0
+        self._next: tuple[int, Iterator[tuple[int, Iterator[Batch]]]] | None = None  # its workers are at work already
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.passes
+
+    def __iter__(self) -> Iterator[Batch]:
+        waiting, self._next = self._next, None
+        first = self.epoch * self.steps_per_epoch
+        steps = waiting[1] if waiting is not None and waiting[0] == first else self.steps(first).labelled()
+        for _, parts in itertools.islice(steps, self.steps_per_epoch):
+            yield from parts
+        self.epoch += 1
+        self._next = (first + self.steps_per_epoch, steps)
 
 
 def _next(batches: Iterator[tuple[Any, list[str]]]) -> tuple[Any, list[str]]:

@@ -31,8 +31,8 @@ import yaml
 from torch import nn
 
 from dino.allowlist import allowed
-from dino.checkpoint import FOLDER, load_checkpoint, read_checkpoint
-from dino.config import CONF, build, compose
+from dino.checkpoint import FOLDER, newest_checkpoint, read_checkpoint
+from dino.config import CONF, build_node, compose
 from dino.config.check import OWN, Rule
 from dino.config.machine import check_machine
 from dino.config.node import Problems, is_node, misfits
@@ -127,7 +127,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, dict[str, float]]:
     if config["baselines"]:
         torch.manual_seed(config["seed"])
         random_weights = {"pretrained": False} if "pretrained" in subject.node else {}
-        untrained = measures.untrained(build(subject.node | random_weights))
+        untrained = measures.untrained(build_node(subject.node | random_weights))
         results["untrained"] = measures.of("untrained", untrained, config["measures"])
         results["raw_pixels"] = measures.of("raw_pixels", RawPixels(), config["measures"])
     print(table(results), flush=True)
@@ -164,7 +164,7 @@ def subject_of(config: dict[str, Any]) -> Subject:
     """Raises Refused where weights or images are not to be had, or a file names what it may not."""
     trained: dict[str, Any] = {}
     if config["backbone"] is not None:
-        backbone, node = build(config["backbone"]), config["backbone"]
+        backbone, node = build_node(config["backbone"]), config["backbone"]
         weights = {True: "pretrained", False: "random weights"}.get(
             pretrained := node.get("pretrained", False), pretrained
         )
@@ -230,15 +230,15 @@ def measures_of(config: dict[str, Any], subject: Subject) -> Measures:
     device, workers, dataset = choose_device(config["device"]), config["num_workers"], subject.dataset
     cache = dataset.get("cache", "none")
     data = cached(
-        {split: build(dataset[split]) for split in ("train", "val")}, cache, dataset.get("cache_side"), device, 1
+        {split: build_node(dataset[split]) for split in ("train", "val")}, cache, dataset.get("cache_side"), device, 1
     )
     if cache == "device":
         workers = 0  # which have no way to what the GPU holds
     sizes = {"global_size": subject.preprocessing["size"], "num_local_views": 0}
     return Measures(
         data=data,
-        transform=build(subject.preprocessing | {"_target_": "dino.augmentation.EvalTransform"}),
-        augmentation=build(subject.augmentation | sizes),
+        transform=build_node(subject.preprocessing | {"_target_": "dino.augmentation.EvalTransform"}),
+        augmentation=build_node(subject.augmentation | sizes),
         kept_in=subject.output / "features",
         device=device,
         precision=choose_precision(config["precision"], device),
@@ -260,7 +260,7 @@ def of_checkpoints(measures: Measures, subject: Subject, trust: Sequence[str]) -
     for path in (subject.run / FOLDER).glob("*.pt") if subject.run is not None else ():
         try:
             steps.append((read_checkpoint(path)["iteration"], path))
-        except Exception as error:  # as in load_checkpoint
+        except Exception as error:  # as in newest_checkpoint
             log.warning("%s cannot be read (%s) and is left out", path, str(error).split("\n")[0])
     each = sorted(dict(steps).items())  # the best may be one of the others
     backbones = ((at, load_teacher(path, trust).backbone) for at, path in each)  # one at a time in memory
@@ -302,8 +302,8 @@ def record(results: dict[str, dict[str, float]], subject: Subject) -> None:
 def tell_loggers(run: Path, nodes: dict[str, Any], figures: dict[str, float]) -> None:
     if not nodes:
         return
-    state = load_checkpoint(run)
-    loggers = Loggers(list(build(nodes).values()))
+    state = newest_checkpoint(run)
+    loggers = Loggers(list(build_node(nodes).values()))
     config = yaml.safe_load((run / CONFIG).read_text())
     loggers.start(run, config, None if state is None else state["wandb_run_id"])
     # A step of its own: TensorBoard forgets what it was told of a step with which a run goes on.

@@ -77,9 +77,9 @@ def check_finite(state: Mapping[str, Any], step: int) -> None:
     values = {
         f"{part}.{name}": value
         for part in ("student", "teacher", "loss")
-        for name, value in state[part].items()
+        for name, value in state[f"{part}_state_dict"].items()
         if value.is_floating_point()
-    }
+    } | {"loss.center": state["dino_loss_center"]}
     extremes = torch.stack([norm.float() for norm in torch._foreach_norm([*values.values()], math.inf)])
     broken = [name for name, finite in zip(values, extremes.isfinite().tolist(), strict=True) if not finite]
     if broken := [*dict.fromkeys(itertools.chain(*from_all(broken)))]:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import pandas
 
 Level = Literal["iteration", "epoch"]
+Metrics = Mapping[str, float | int | str]  # by name; NumPy's and torch's scalars will do
 
 # The file is a head that only grows and a short tail that each save writes anew, one entry a line:
 #   {"iteration_metrics": [          head, up to the end of the last iteration's entry: `offset` bytes
@@ -26,25 +28,18 @@ HEAD = b'{"iteration_metrics": ['
 class History:
     """Numbers by iteration (an optimizer step) and by epoch.
 
-    `metadata` holds "created_at" (UTC), "config", and whatever JSON can hold; "baselines", accuracies in [0, 1] by
-    name, become dashed lines in the k-NN plot. Saved with every `save` and, but for the config, with `state_dict`.
+    `metadata` holds "created_at" (UTC) and whatever JSON can hold, such as "config"; "baselines", accuracies in [0, 1]
+    by name, become dashed lines in the k-NN plot. Saved with every `save` and, but for the config, with `state_dict`.
     Non-finite numbers are null in the file (JSON has no NaN) and NaN again when read.
     """
 
-    def __init__(self, config: dict[str, Any] | None = None) -> None:
-        self.metadata: dict[str, Any] = {"created_at": _now(), "config": config or {}}
+    def __init__(self, metadata: Mapping[str, Any] | None = None) -> None:
+        self.metadata: dict[str, Any] = {"created_at": _now(), **(metadata or {})}
         self._entries: dict[Level, list[dict[str, Any]]] = {"iteration": [], "epoch": []}
         self._path: Path | None = None  # where the head below was written
         self._offset, self._saved = 0, 0  # bytes of the head, and the iterations in it
 
-    def record_iteration(
-        self,
-        iteration: int,
-        loss: float,
-        learning_rate: float,
-        momentum: float,
-        **more: float | int | str,  # beartype, which checks the tests, takes no int for a float
-    ) -> None:
+    def record_iteration(self, iteration: int, metrics: Metrics) -> None:
         """Iterations must rise: a repeated one is a ValueError, so that a wrong resume shows at once."""
         last = self._entries["iteration"][-1]["iteration"] if self._entries["iteration"] else -math.inf
         if iteration <= last:
@@ -52,10 +47,9 @@ class History:
                 f"history: iterations must rise, got {iteration} after {last}. "
                 "After a resume, start at the iteration that the checkpoint holds."
             )
-        values = {"loss": loss, "learning_rate": learning_rate, "momentum": momentum, **more}
-        self._entries["iteration"].append({"iteration": iteration, "timestamp": _now(), **_plain(values)})
+        self._entries["iteration"].append({"iteration": iteration, "timestamp": _now(), **_plain(metrics)})
 
-    def record_epoch(self, epoch: int, **metrics: float | int | str) -> None:
+    def record_epoch(self, epoch: int, metrics: Metrics) -> None:
         """A second call for the last epoch adds to its entry; an earlier epoch is a ValueError."""
         epochs = self._entries["epoch"]
         if epochs and epoch < epochs[-1]["epoch"]:
@@ -66,6 +60,11 @@ class History:
         if not epochs or epoch > epochs[-1]["epoch"]:
             epochs.append({"epoch": epoch})
         epochs[-1].update(timestamp=_now(), **_plain(metrics))
+
+    def newest(self, level: Level) -> dict[str, Any]:
+        """The last entry's metrics; {} where there is none yet."""
+        entries = self._entries[level]
+        return {} if not entries else {key: value for key, value in entries[-1].items() if key != "timestamp"}
 
     def get_iterations(self) -> list[int]:
         return [entry["iteration"] for entry in self._entries["iteration"]]
@@ -151,15 +150,16 @@ class History:
 
     @classmethod
     def resume(
-        cls, path: str | os.PathLike[str], state: dict[str, Any], config: dict[str, Any] | None = None
+        cls, path: str | os.PathLike[str], state: dict[str, Any], metadata: Mapping[str, Any] | None = None
     ) -> "History":
         """The history as it was at `state_dict()`, whatever was written to the file since; the file is cut back to it.
+
+        metadata: what the state does not have, such as the config.
 
         FileNotFoundError or ValueError where the file no longer holds the entries of that time.
         """
         path = Path(path)
-        history = cls(config)
-        history.metadata = {**state["metadata"], "config": config or {}}
+        history = cls({**(metadata or {}), **state["metadata"]})
         history._entries["epoch"] = [dict(entry) for entry in state["epoch_metrics"]]
         if state["iterations"] == 0:
             return history
@@ -208,14 +208,12 @@ class History:
     def plot_all(
         self, level: Level = "iteration", save_path: str | os.PathLike[str] | None = None
     ) -> "matplotlib.figure.Figure":
-        """Everything recorded, a frame each. `save_path`: an image file, or a folder that gets `<level>.png`."""
+        """Everything recorded, a frame each, as one figure; saved in the file `save_path`, as its suffix says (png)."""
         from dino.plot import panels
 
         names = {
             name: None for entry in self._entries[level] for name, value in entry.items() if not isinstance(value, str)
         }
-        if save_path is not None and not Path(save_path).suffix:
-            save_path = Path(save_path) / f"{level}.png"
         return self._figure(panels(list(names)), level, save_path)
 
     def _figure(
@@ -233,15 +231,15 @@ class History:
             save_path = Path(save_path)
             save_path.parent.mkdir(parents=True, exist_ok=True)
             with whole(save_path) as partial:
-                figure.savefig(partial, dpi=120, format=save_path.suffix[1:])
+                figure.savefig(partial, dpi=120, format=save_path.suffix[1:] or "png")
         return figure
 
     def _ln_k(self) -> float | None:
         """From any iteration that has both; the epochs' losses are of the same K."""
         for entry in self._entries["iteration"]:
-            relative = entry.get("loss_over_ln_k", math.nan)
-            if math.isfinite(entry["loss"]) and math.isfinite(relative) and relative > 0:
-                return float(entry["loss"] / relative)
+            loss, relative = (entry.get(name, math.nan) for name in ("loss", "loss_over_ln_k"))
+            if math.isfinite(loss) and math.isfinite(relative) and relative > 0:
+                return float(loss / relative)
         return None
 
     def _head(self, first: int) -> bytes:
@@ -266,7 +264,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def _plain(values: Metrics) -> dict[str, Any]:
     """NumPy's and torch's scalars as Python's."""
     return {name: value if isinstance(value, int | str) else float(value) for name, value in values.items()}
 

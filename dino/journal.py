@@ -113,7 +113,7 @@ class Journal:
         evaluate_every_epochs: int = 1,
         checkpoint_every_epochs: int = 1,
         checkpoint_every_minutes: float = 15.0,
-        metrics: dict[str, Any] | None = None,
+        state: dict[str, Any] | None = None,
         writes: bool = True,
     ) -> None:
         self.directory, self.history, self.loggers, self.monitor = directory, history, loggers, monitor
@@ -131,12 +131,12 @@ class Journal:
             "best_knn": -1.0,
             "training_seconds": 0.0,
         }
-        self.metrics = metrics or nothing_yet
+        self.state = state or nothing_yet
         self.last_loss = math.nan
-        if "monitor" in self.metrics:  # from the first checkpoint on
-            monitor.load_state_dict(self.metrics["monitor"])
-        if "finite" in self.metrics:
-            finite.load_state_dict(self.metrics["finite"])
+        if "monitor" in self.state:  # from the first checkpoint on
+            monitor.load_state_dict(self.state["monitor"])
+        if "finite" in self.state:
+            finite.load_state_dict(self.state["finite"])
         if self._logs(start):
             monitor.remember_weights()
         self.first_step, self.recent = start, list[Tensor]()
@@ -177,7 +177,7 @@ class Journal:
 
     def end_interrupted_epoch(self) -> None:
         """On resume: what a signal left undone between two epochs."""
-        if self._ends_epoch(self.first_step) and self.metrics["epoch_ended_at"] < self.first_step:
+        if self._ends_epoch(self.first_step) and self.state["epoch_ended_at"] < self.first_step:
             self._between_steps(self.first_step)
 
     def _between_steps(self, done: int) -> None:
@@ -231,7 +231,7 @@ class Journal:
             "gradient_norm": gradient_norm.item(),
             "images_per_second": images_per_second,
         }
-        self.history.record_iteration(done, **values)
+        self.history.record_iteration(done, values)
         if news := self.monitor.news(done, values, features):
             log.warning(news)
             self.history.metadata.setdefault("collapse", []).append(news)
@@ -250,10 +250,10 @@ class Journal:
         for done_then, (loss, norm) in enumerate(numbers, done - len(numbers) + 1):
             if self.finite(done_then, loss, norm):
                 self.last_loss = loss
-                self.metrics["epoch_loss"] += loss
-                self.metrics["epoch_steps"] += 1
+                self.state["epoch_loss"] += loss
+                self.state["epoch_steps"] += 1
         seconds = time.monotonic() - self.last_flush
-        self.metrics["training_seconds"] += seconds
+        self.state["training_seconds"] += seconds
         self.last_flush = time.monotonic()
         return len(numbers) * self.effective_batch / seconds
 
@@ -270,19 +270,19 @@ class Journal:
                     measured = self.evaluate()
             except Interrupted:
                 return False
-        values = {"loss": self.metrics["epoch_loss"] / (self.metrics["epoch_steps"] or math.nan), **measured}
-        values["training_seconds"] = self.metrics["training_seconds"]
-        self.metrics |= {"epoch_loss": 0.0, "epoch_steps": 0, "epoch_ended_at": done}
-        self.history.record_epoch(epoch, iteration=done, **values)
+        values = {"loss": self.state["epoch_loss"] / (self.state["epoch_steps"] or math.nan), **measured}
+        values["training_seconds"] = self.state["training_seconds"]
+        self.state |= {"epoch_loss": 0.0, "epoch_steps": 0, "epoch_ended_at": done}
+        self.history.record_epoch(epoch, {"iteration": done, **values})
         self.loggers.log({f"epoch/{name}": value for name, value in values.items()}, done)
         shown = [f"epoch {epoch}", f"loss {values['loss']:.4f}"]
         if "knn" in measured:
             shown.append(f"k-NN {100 * measured['knn']:.1f} %")
         log.info(", ".join(shown))
-        best = "knn" in measured and measured["knn"] > self.metrics["best_knn"]
+        best = "knn" in measured and measured["knn"] > self.state["best_knn"]
         if "knn" in measured:
-            self.metrics["last_knn"] = measured["knn"]
-            self.metrics["best_knn"] = max(self.metrics["best_knn"], measured["knn"])
+            self.state["last_knn"] = measured["knn"]
+            self.state["best_knn"] = max(self.state["best_knn"], measured["knn"])
         if measured or at_end:
             self._write_history(report=True)
         self.last_flush = time.monotonic()
@@ -292,8 +292,8 @@ class Journal:
         if self.recent:
             self._look(done)  # never save over a good checkpoint what is not finite
         self._write_history()
-        self.metrics |= {"monitor": self.monitor.state_dict(), "finite": self.finite.state_dict()}
-        self.checkpoint(done, self.metrics, best)
+        self.state |= {"monitor": self.monitor.state_dict(), "finite": self.finite.state_dict()}
+        self.checkpoint(done, self.state, best)
         self.last_save = self.last_flush = time.monotonic()
 
     def _write_history(self, report: bool = False) -> None:

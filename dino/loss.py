@@ -1,6 +1,7 @@
 """The DINO loss: cross-entropy between teacher and student over all pairs of different views (Sec. 3.1, Eq. 3)."""
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -18,10 +19,14 @@ MOST_LOGITS = 2**22  # of the student at a time: 17 MB in fp32, of 65,536 protot
 class DinoLoss(nn.Module):
     """Mean cross-entropy of every student view against every *other* global view of the teacher.
 
-    `center` is a buffer: checkpoints hold it. It moves by `update_center` alone, once a step, so that `forward` changes
-    nothing and a batch in parts gives the loss of the batch whole. Softmax and loss are in fp32 (fp64 stays fp64)
-    whatever autocast says, of some images at a time and with their gradients; given as factors, the student's logits
-    are never whole (of 10 views, 64 images and 65,536 prototypes 168 MB in fp32, and the gradient as much).
+    `center` is a buffer [1, out_dim]: checkpoints hold it. In train mode each call moves it, after the loss (Eq. 4,
+    Algorithm 1). Whoever splits a step into micro-batches says `move_center=False` and calls `update_center` once a
+    step, so that the parts of a batch give the loss and the center of the batch whole. Softmax and loss are in fp32
+    (fp64 stays fp64) whatever autocast says, of some images at a time and with their gradients; given as factors, the
+    student's logits are never whole (of 10 views, 64 images and 65,536 prototypes 168 MB in fp32, and the gradient as
+    much).
+
+    Raises ValueError for values that cannot work; warns where the teacher would not be sharper than the student.
     """
 
     center: Tensor
@@ -43,9 +48,14 @@ class DinoLoss(nn.Module):
                 f"ncrops must be at least 2 and hold n_global_crops, got ncrops={ncrops}, "
                 f"n_global_crops={n_global_crops}."
             )
-        for name, temp in (("student_temp", student_temp), ("teacher_temp", teacher_temp)):
-            if not 0 < temp < math.inf:
-                raise ValueError(f"{name} must be above 0, got {temp}; the paper has 0.1 (student) and 0.04 (teacher).")
+        check_temperature("student_temp", student_temp)
+        check_temperature("teacher_temp", teacher_temp)
+        if student_temp <= teacher_temp:
+            warnings.warn(
+                f"DinoLoss: student_temp={student_temp} is not above teacher_temp={teacher_temp}: the teacher should "
+                "be sharper (the paper has 0.1 and 0.04), or the outputs drift to uniform.",
+                stacklevel=2,
+            )
         if not 0 <= center_momentum < 1:
             raise ValueError(f"center_momentum must be in [0, 1), got {center_momentum}; the authors use 0.9.")
         self.out_dim, self.ncrops, self.n_global_crops = out_dim, ncrops, n_global_crops
@@ -56,18 +66,25 @@ class DinoLoss(nn.Module):
         self,
         student: Float[Tensor, "ncrops_x_batch out_dim"] | Factors,
         teacher: Float[Tensor, "globals_x_batch out_dim"],
+        *,
         teacher_temp: float | None = None,
+        move_center: bool = True,
     ) -> Float[Tensor, ""]:
         """Logits in view order (all images of view 1, then of view 2, ...; global views first) to a scalar >= 0.
 
-        The student's may be given as their factors. `teacher_temp` is the schedule's value for this step; None: the
-        one of the constructor.
+        The student's logits may be given as their factors (`DinoModel(views, factored=True)`). `teacher_temp`: the
+        schedule's value for this step, in (0, 1]; None: the one of the constructor. In train mode the center moves
+        after the loss, unless `move_center` is False.
         """
+        if teacher_temp is not None:
+            check_temperature("teacher_temp", teacher_temp)
         outputs, weight = student if isinstance(student, Factors) else (student, None)
         images = len(outputs) // self.ncrops
         of_views, of_globals = outputs.view(self.ncrops, images, -1), teacher.view(self.n_global_crops, images, -1)
         with torch.autocast(outputs.device.type, enabled=False):
             total: Tensor = _CrossEntropy.apply(self, of_views, weight, of_globals, teacher_temp)
+        if self.training and move_center:
+            self.update_center(teacher)
         return total / (self.n_global_crops * (self.ncrops - 1) * images)
 
     @torch.no_grad()
@@ -144,6 +161,12 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, factor: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
         of_outputs, of_weight = (None if of is None else of * factor for of in ctx.saved_tensors)
         return None, of_outputs, of_weight, None, None
+
+
+def check_temperature(name: str, temp: float) -> None:
+    """Raises ValueError where a softmax cannot be sharpened by `temp`. An epoch given for it is mostly above 1."""
+    if not 0 < temp <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {temp}; the paper has 0.1 (student) and 0.04 (teacher).")
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

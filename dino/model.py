@@ -37,7 +37,7 @@ class DinoModel(nn.Module):
         factored: bool = False,
     ) -> (
         Float[Tensor, "samples outputs"]
-        | tuple[Float[Tensor, "samples outputs"], Float[Tensor, "samples features"]]
+        | tuple[Float[Tensor, "samples features"], Float[Tensor, "samples outputs"]]
         | Factors
     ):
         """Outputs of one view or of a list of views, in the order of the views: view 0's batch, view 1's, ...
@@ -45,8 +45,8 @@ class DinoModel(nn.Module):
         A list costs one pass of the backbone for each *resolution* in it, wherever in the list its views stand, and
         one pass of the head. So batch norm in the backbone sees the views of one resolution together, and in the
         head all views together, as in the authors' MultiCropWrapper.
-        With return_backbone_features the answer is (outputs, features), features in the same order. With factored it
-        is the two factors of the outputs: what the loss takes so that the outputs are never whole.
+        With return_backbone_features the answer is (features, outputs), both in that order. With factored it is the
+        two factors of the outputs: what the loss takes so that the outputs are never whole.
         """
         views = [views] if isinstance(views, Tensor) else list(views)
         if not views:
@@ -66,7 +66,7 @@ class DinoModel(nn.Module):
             factors: Factors = self.projection_head.factors(features)  # type: ignore[operator]
             return factors
         outputs: Tensor = self.projection_head(features)
-        return (outputs, features) if return_backbone_features else outputs
+        return (features, outputs) if return_backbone_features else outputs
 
 
 def joined(tensors: list[Tensor]) -> Tensor:
@@ -93,15 +93,15 @@ def teacher_mode(teacher: nn.Module) -> None:
 
 
 @torch.no_grad()
-def update_teacher_EMA(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, for every parameter, in place; once a step.
+def update_teacher_EMA(student: nn.Module, teacher: nn.Module, alpha: float = 0.99) -> None:
+    """teacher = alpha * teacher + (1 - alpha) * student, for every parameter, in place; once a step (Algorithm 1).
 
     Parameters only (of a sharded student made whole). The buffers of batch norm are left alone: the teacher's
     statistics are its own, counted in its own forward passes on the global views, as in the authors' code.
-    Raises ValueError for a momentum outside [0, 1].
+    Raises ValueError for an alpha outside [0, 1].
     """
-    if not 0.0 <= momentum <= 1.0:
-        raise ValueError(f"update_teacher_EMA: momentum must be in [0, 1], got {momentum}. Check teacher.momentum.")
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"update_teacher_EMA: alpha must be in [0, 1], got {alpha}. Check teacher.momentum.")
     # lerp, since teacher + w * (student - teacher) leaves equal weights exactly equal (the fixed norms of the last
-    # layer), where m * teacher + (1 - m) * student would drift by rounding.
-    torch._foreach_lerp_(list(teacher.parameters()), [whole(p) for p in student.parameters()], 1.0 - momentum)
+    # layer), where alpha * teacher + (1 - alpha) * student would drift by rounding.
+    torch._foreach_lerp_(list(teacher.parameters()), [whole(p) for p in student.parameters()], 1.0 - alpha)

@@ -1,33 +1,33 @@
 """From a checked config to the objects of a run."""
 
 import copy
+import functools
 import math
-from collections.abc import Callable, Mapping
+import sys
+import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dino.allowlist import Group, NotAllowed, allowed
 from dino.augmentation import DINOTransform, EvalTransform
 from dino.batch_norm import synchronise_batch_norm
-from dino.batches import Steps, accumulation_for, steps_in_epoch, steps_of
+from dino.batches import Steps, TrainLoader, accumulation_for, steps_in_epoch, steps_of
 from dino.checkpoint import seed_all
 from dino.config.check import nodes
-from dino.config.node import build
+from dino.config.node import build_node
 from dino.dataset.cache import cached
 from dino.device import autocast_for, choose_device, choose_precision, default_workers, describe
 from dino.distributed import (
     in_turn,
     place,
     shard,
-    sharded_as,
     share_buffers,
     together,
     topology,
-    whole,
 )
 from dino.loss import DinoLoss
 from dino.model import DinoModel, make_teacher
@@ -36,12 +36,15 @@ from dino.refused import Refused
 from dino.scheduler import Schedule
 from dino.weights import read_teacher
 
-SAVED = ("student", "teacher", "loss", "optimizer", "scaler")
-
 
 @dataclass
 class Run:
-    """All that one configuration is made of. What learns or is averaged (SAVED) goes into checkpoints."""
+    """The parts of one configuration, wired: what `python -m dino.train` trains, and what `dino.build` returns.
+
+    `student(views)` is [ncrops x batch, K], `teacher(views[:n_global_crops])` [n_global_crops x batch, K]; `loss` takes
+    both; `schedule(step)` are the values of a step; `transform` makes views of an image; `train_loader` yields (views,
+    labels) on `device`. Datasets, batches and steps are as dino/dataset and dino/batches.py say.
+    """
 
     device: torch.device
     precision: str
@@ -77,8 +80,8 @@ class Run:
         """Images to one update, of all processes."""
         return self.batch_size * self.accumulation * self.world_size
 
-    def steps(self, start: int) -> Steps:
-        """The rest of the run from step `start` on."""
+    def steps(self, start: int, end: int | None = None) -> Steps:
+        """The steps from `start` to `end`; None: to the end of the run."""
         return Steps(
             self.train_set,
             self.transform,
@@ -86,7 +89,7 @@ class Run:
             self.accumulation,
             self.seed,
             start,
-            self.total_steps,
+            self.total_steps if end is None else end,
             self.device,
             self.num_workers,
             self.rank,
@@ -95,21 +98,10 @@ class Run:
             self.broken,
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Whole tensors, however they are sharded: all processes must ask."""
-        return {name: _whole(getattr(self, name).state_dict()) for name in SAVED}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        of_each = state["optimizer"]["state"]
-        sharded = {
-            "student": {name: sharded_as(state["student"][name], p) for name, p in self.student.state_dict().items()},
-            "optimizer": state["optimizer"]
-            | {"state": {i: {k: _as(v, parameters[i]) for k, v in of_each[i].items()} for i in of_each}},
-        }
-        for name in SAVED:
-            if saved := (state | sharded)[name]:  # a scaler that was off saved nothing
-                getattr(self, name).load_state_dict(saved)
+    @functools.cached_property
+    def train_loader(self) -> TrainLoader:
+        """The same batches as `steps`, an epoch at a time, with labels: for a loop of one's own."""
+        return TrainLoader(functools.partial(self.steps, end=sys.maxsize), self.steps_per_epoch, self.accumulation)
 
     @property
     def eval_transform(self) -> EvalTransform:
@@ -167,7 +159,7 @@ def assemble(config: dict[str, Any]) -> Run:
     processes, on_this_machine = topology(device)
 
     with together(), in_turn():
-        datasets = {split: build(config["dataset"][split]) for split in ("train", "val")}
+        datasets = {split: build_node(config["dataset"][split]) for split in ("train", "val")}
     accumulation = accumulation_for(
         training["batch_size"],
         training["gradient_accumulation_steps"],
@@ -181,11 +173,11 @@ def assemble(config: dict[str, Any]) -> Run:
     steps_per_epoch, total_steps = steps_of(images, effective_batch, training["epochs"], training["max_steps"])
     with together():
         datasets = cached(datasets, cache, config["dataset"]["cache_side"], device, on_this_machine)
-    transform = build(config["augmentation"])
+    transform = build_node(config["augmentation"])
 
     seed_all(config["seed"])
-    backbone = build(config["backbone"])
-    head = build(config["head"], input_dim=backbone.output_dim)
+    backbone = build_node(config["backbone"])
+    head = build_node(config["head"], input_dim=backbone.output_dim)
     student = DinoModel(backbone, head)
     if config["init_from"] is not None:
         _initialise(student, config)
@@ -195,8 +187,8 @@ def assemble(config: dict[str, Any]) -> Run:
     teacher = make_teacher(student)
     if training["sharded"]:
         shard(student, device)
-    optimizer = build(config["optimizer"], params=parameter_groups(student, head.last_layer))
-    schedule = build(
+    optimizer = build_node(config["optimizer"], params=parameter_groups(student, head.last_layer))
+    schedule = build_node(
         config["scheduler"],
         epochs=training["epochs"],
         steps_per_epoch=steps_per_epoch,
@@ -228,15 +220,22 @@ def assemble(config: dict[str, Any]) -> Run:
         student=student,
         teacher=teacher,
         untrained=copy.deepcopy(teacher.backbone).cpu(),  # a GPU has better use for its memory
-        loss=build(config["loss"], ncrops=transform.ncrops, n_global_crops=transform.n_global_crops).to(device),
+        loss=_loss(config["loss"], transform).to(device),
         optimizer=optimizer,
         scaler=_scaler(device, precision, training["skip_nonfinite_steps"]),
         schedule=schedule,
-        evaluator=build(config["evaluator"]),
+        evaluator=build_node(config["evaluator"]),
         seed=config["seed"],
         topology=processes,
         images={"number": images, "fingerprint": getattr(datasets["train"], "fingerprint", None)},
     )
+
+
+def _loss(node: dict[str, Any], transform: DINOTransform) -> DinoLoss:
+    with warnings.catch_warnings():  # what it warns of, the check of the config says in the config's own words
+        warnings.filterwarnings("ignore", message="DinoLoss: student_temp")
+        loss: DinoLoss = build_node(node, ncrops=transform.ncrops, n_global_crops=transform.n_global_crops)
+    return loss
 
 
 def _scaler(device: torch.device, precision: str, skip: int) -> torch.amp.GradScaler:
@@ -245,18 +244,6 @@ def _scaler(device: torch.device, precision: str, skip: int) -> torch.amp.GradSc
         return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     stays = math.nextafter(1, 0)  # the largest factor that torch takes; in the scale's fp32 it is 1
     return torch.amp.GradScaler(device.type, init_scale=1.0, backoff_factor=stays, growth_interval=2**31 - 1)
-
-
-def _whole(state: Any) -> Any:
-    if isinstance(state, Mapping):
-        return {key: _whole(value) for key, value in state.items()}
-    return whole(state) if isinstance(state, Tensor) else state
-
-
-def _as(value: Any, parameter: Tensor) -> Any:
-    """What an optimizer keeps of `parameter`: its moments are sharded as it is, its count of steps is not."""
-    same = isinstance(value, Tensor) and value.shape == parameter.shape
-    return sharded_as(value, parameter) if same else value
 
 
 def _initialise(student: DinoModel, config: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
+from dino.loss import check_temperature
+
 
 def cosine(step: int, start: float, end: float, total_steps: int) -> float:
     """Half a cosine from `start` at step 0 to `end` at `total_steps`, `end` ever after."""
@@ -24,6 +26,16 @@ def cosine_warmup(
     if step < warmup_steps:
         return linear(step, warmup_start, peak, warmup_steps)
     return cosine(step - warmup_steps, peak, end, max(1, total_steps - warmup_steps))
+
+
+def get_momentum_schedule(base: float, final: float, epochs: int, steps_per_epoch: int) -> list[float]:
+    """The teacher's momentum in each of epochs * steps_per_epoch steps, a cosine from `base` to `final` (Sec. 3.1)."""
+    _require("base", base, 0 <= base <= 1, "in [0, 1]")
+    _require("final", final, 0 <= final <= 1, "in [0, 1]")
+    _require("epochs", epochs, epochs >= 1, "at least 1")
+    _require("steps_per_epoch", steps_per_epoch, steps_per_epoch >= 1, "at least 1")
+    total_steps = epochs * steps_per_epoch
+    return [cosine(step, base, final, total_steps) for step in range(total_steps)]
 
 
 @dataclass(frozen=True)
@@ -80,8 +92,8 @@ class Schedule:
         _require("max_warmup_fraction", max_warmup_fraction, 0 <= max_warmup_fraction <= 1, "in [0, 1]")
         _require("momentum", momentum, 0 <= momentum <= 1, "in [0, 1]")
         _require("final_momentum", final_momentum, 0 <= final_momentum <= 1, "in [0, 1]")
-        _require("temp", temp, 0 < temp < math.inf, "above 0")
-        _require("warmup_temp", warmup_temp, 0 < warmup_temp < math.inf, "above 0")
+        check_temperature("temp", temp)
+        check_temperature("warmup_temp", warmup_temp)
         _require(
             "warmup_temp_epochs", warmup_temp_epochs, 0 <= warmup_temp_epochs <= epochs, f"in [0, epochs={epochs}]"
         )

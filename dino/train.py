@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dino.config import command
-from dino.config.node import build
+from dino.config.node import build_node
 from dino.device import choose_device, peak_memory
 from dino.distributed import data_parallel, from_all, no_sync, place, processes, together
 from dino.loss import DinoLoss
@@ -37,7 +37,7 @@ def train(
     student: nn.Module,
     teacher: DinoModel,
     loss: DinoLoss,
-    steps: Iterable[tuple[int, Iterator[list[Tensor]]]],
+    steps: Iterable[tuple[int, Iterable[list[Tensor]]]],
     optimizer: Optimizer,
     schedule: Schedule,
     *,
@@ -55,11 +55,11 @@ def train(
         total, teacher_means = torch.zeros((), device=loss.center.device), []
         for part, views in enumerate(parts, start=1):  # one, unless accumulating
             with autocast(), torch.no_grad():
-                teacher_out, features = teacher(views[: loss.n_global_crops], return_backbone_features=True)  # t1, t2
+                features, teacher_out = teacher(views[: loss.n_global_crops], return_backbone_features=True)  # t1, t2
             with no_sync(student) if part < accumulation else nullcontext():
                 with autocast():
                     student_out = student(views, factored=True)  # s1, s2 and the local views, before the last product
-                value = loss(student_out, teacher_out, now.teacher_temp) / accumulation
+                value = loss(student_out, teacher_out, teacher_temp=now.teacher_temp, move_center=False) / accumulation
                 scaler.scale(value).backward()
             total = total + value.detach()
             teacher_means.append(teacher_out.mean(dim=0, dtype=loss.center.dtype))
@@ -79,7 +79,7 @@ def run(config: dict[str, Any], directory: Path) -> float:
     In each of the processes that torchrun or SLURM started; the first alone writes.
     """
     from dino import memory
-    from dino.checkpoint import load_checkpoint
+    from dino.checkpoint import newest_checkpoint
     from dino.journal import StopSignal
     from dino.log_file import log_to
     from dino.run_directory import check_claim, full_disk_in_a_sentence, lock
@@ -96,19 +96,19 @@ def run(config: dict[str, Any], directory: Path) -> float:
         stack.enter_context(full_disk_in_a_sentence(directory))
         stack.enter_context(memory.said("outside of the steps; a smaller backbone or dataset.cache=none takes less."))
         with together():
-            state = load_checkpoint(directory)
+            state = newest_checkpoint(directory)
         if len({*from_all(state and state["iteration"])}) > 1:
             raise Refused(f"{directory}: not every process sees the same checkpoint; put it on a disk that all share.")
         if state is not None and state["iteration"] >= state["total_steps"]:
             log.info("%s is finished; change a setting, or give another name=, to train anew", directory)
-            return float(state["metrics"]["last_knn"])
+            return float(state["journal"]["last_knn"])
         return _go_on(config, directory, state, stop)
 
 
 def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None, stop: "StopSignal") -> float:
     from dino import memory
     from dino.broken import LIST
-    from dino.checkpoint import set_rng_state
+    from dino.checkpoint import restore, set_rng_state
     from dino.logger import Loggers
     from dino.run import assemble
     from dino.run_directory import claim
@@ -125,9 +125,11 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
     with together():
         history = _history(run, config, directory, state)
     if state is not None:
-        run.load_state_dict(state)
+        restore(state, run.student, run.teacher, run.optimizer, run.loss)
+        if state["scaler_state_dict"]:  # a scaler that was off saved nothing
+            run.scaler.load_state_dict(state["scaler_state_dict"])
         log.info("resumed at step %d", start)
-    loggers = Loggers(list(build(config["logger"] or {}).values()) if first else [])
+    loggers = Loggers(list(build_node(config["logger"] or {}).values()) if first else [])
     loggers.start(directory, config, None if state is None else state["wandb_run_id"])
     steps = run.steps(start)
     journal = _journal(run, config, directory, state, history, loggers, steps, stop)
@@ -166,7 +168,7 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
         directory / "teacher.safetensors",
         directory / "report.html",
     )
-    return float(journal.metrics["last_knn"])
+    return float(journal.state["last_knn"])
 
 
 def _journal(
@@ -211,7 +213,7 @@ def _journal(
         evaluate_every_epochs=config["evaluate_every_epochs"],
         checkpoint_every_epochs=config["checkpoint"]["every_epochs"],
         checkpoint_every_minutes=float(config["checkpoint"]["every_minutes"]),
-        metrics=state and state["metrics"],
+        state=state and state["journal"],
         writes=run.rank == 0,
     )
 
@@ -273,11 +275,11 @@ def _history(run: Any, config: dict[str, Any], directory: Path, state: dict[str,
     from dino.history import History
 
     if state is None or run.rank:
-        history = History(config)
+        history = History({"config": config})
         history.metadata |= {"total_steps": run.total_steps} if state is None else state["history"]["metadata"]
         return history
     try:
-        return History.resume(directory / "history.json", state["history"], config)
+        return History.resume(directory / "history.json", state["history"], {"config": config})
     except (OSError, ValueError) as error:
         raise Refused(str(error)) from error
 
@@ -305,20 +307,21 @@ def _checkpointer(
 ) -> Callable[[int, dict[str, Any], bool], None]:
     """A function that all processes call and the first writes in: (iteration, the journal's state, best so far?)."""
     from dino.broken import write_list
-    from dino.checkpoint import check_read_back, rng_state, save_checkpoint
+    from dino.checkpoint import check_read_back, rng_state, training_state, write_step
     from dino.finite import check_finite
     from dino.weights import save_teacher
 
     images_by_class = _images_by_class(run.train_set)
 
-    def checkpoint(iteration: int, metrics: dict[str, Any], best: bool) -> None:
-        rng, state = from_all(rng_state()), run.state_dict()
+    def checkpoint(iteration: int, journal: dict[str, Any], best: bool) -> None:
+        rng, state = from_all(rng_state()), training_state(run.student, run.teacher, run.optimizer, run.loss)
         check_finite(state, iteration)
         run.broken.update(*from_all(sorted(run.broken)))
         if run.rank:
             return
         write_list(directory, run.broken)
         content = state | {
+            "scaler_state_dict": run.scaler.state_dict(),
             "iteration": iteration,
             "epoch": iteration // run.steps_per_epoch,
             "total_steps": run.total_steps,
@@ -327,11 +330,12 @@ def _checkpointer(
             "images_by_class": images_by_class,
             "rng": rng,
             "config": config,
-            "metrics": metrics,
+            "metrics": history.newest("epoch"),
+            "journal": journal,
             "history": history.state_dict(),
             "wandb_run_id": loggers.run_id,
         }
-        path = save_checkpoint(directory, content, config["checkpoint"]["keep"], best)
+        path = write_step(directory, content, config["checkpoint"]["keep"], best)
         if iteration == start + 1:
             check_read_back(path, content)  # an odd disk shows now, not after ten hours
         prepared = run.eval_transform
@@ -351,8 +355,8 @@ def _reporter(run: Any, config: dict[str, Any], directory: Path, history: Any) -
     def report() -> None:
         measured = run.evaluator.last if isinstance(run.evaluator, KNN) else None
         try:
-            history.plot_all("iteration", directory / "plots")
-            history.plot_all("epoch", directory / "plots")
+            history.plot_all("iteration", directory / "plots" / "iteration.png")
+            history.plot_all("epoch", directory / "plots" / "epoch.png")
         except OSError as error:
             log.warning("the plots are not written: %s", error)
         try:

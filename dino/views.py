@@ -1,6 +1,7 @@
 """From the samples of a dataset to uint8 views on the device that trains: which half of it a data worker does.
 
-Four ways, of the same three methods: `load` and `collate` run in a worker, `views` where the model trains.
+Four ways, of the same three methods: `load` and `collate` run in a worker, `views` where the model trains. `views`
+returns the labels beside them, [batch] on the CPU: -1 where there is none.
 """
 
 import math
@@ -23,7 +24,9 @@ from dino.dataset.encoded import EncodedImages, plain_jpeg, quiet
 GEOMETRY = 2  # its stream of random numbers: see dino/batches.py
 Views = list[Shaped[Tensor, "batch 3 _ _"]]  # uint8, but for a transform of one's own
 Boxes = Int[ndarray, "batch views 5"]
-Handed = tuple[tuple[int, ...], Tensor, list[tuple[int, ...]], Boxes]  # indices, all that is stored, its shapes, boxes
+Labels = Int[Tensor, " batch"]
+# Indices, labels, all that is stored, its shapes, boxes.
+Handed = tuple[tuple[int, ...], Labels, Tensor, list[tuple[int, ...]], Boxes]
 
 
 class WorkerCrops:
@@ -36,11 +39,12 @@ class WorkerCrops:
         image, label = self.dataset[index]
         return self.transform.crop(image, rng), label
 
-    def collate(self, loaded: Sequence[tuple[list[Tensor], int]]) -> Views:
-        return collate_multi_crop(loaded)[0]
+    def collate(self, loaded: Sequence[tuple[list[Tensor], int]]) -> tuple[Views, Labels]:
+        return collate_multi_crop(loaded)
 
-    def views(self, batch: Views, device: torch.device) -> Views:
-        return [view.to(device, non_blocking=True) for view in batch]
+    def views(self, batch: tuple[Views, Labels], device: torch.device) -> tuple[Views, Labels]:
+        views, labels = batch
+        return [view.to(device, non_blocking=True) for view in views], labels
 
 
 class DeviceCrops:
@@ -49,20 +53,21 @@ class DeviceCrops:
     def __init__(self, dataset: Any, transform: DINOTransform) -> None:
         self.dataset, self.transform = dataset, transform
 
-    def load(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor, ndarray]:
-        image = image_tensor(self.dataset[index][0])
-        return index, image.permute(1, 2, 0), self.transform.boxes(image.shape[1], image.shape[2], rng)
+    def load(self, index: int, rng: np.random.Generator) -> tuple[int, int, Tensor, ndarray]:
+        image, label = self.dataset[index]
+        image = image_tensor(image)
+        return index, label, image.permute(1, 2, 0), self.transform.boxes(image.shape[1], image.shape[2], rng)
 
-    def collate(self, loaded: Sequence[tuple[int, Tensor, ndarray]]) -> Handed:
-        indices, stored, boxes = zip(*loaded, strict=True)
+    def collate(self, loaded: Sequence[tuple[int, int, Tensor, ndarray]]) -> Handed:
+        indices, labels, stored, boxes = zip(*loaded, strict=True)
         # One tensor for all: each tensor that a worker hands over costs a file descriptor, and each copy a launch.
         whole = torch.cat([one.flatten() for one in stored])
-        return indices, whole, [tuple(one.shape) for one in stored], np.stack(boxes)
+        return indices, torch.tensor(labels), whole, [tuple(one.shape) for one in stored], np.stack(boxes)
 
-    def views(self, batch: Handed, device: torch.device) -> Views:
-        _, whole, shapes, boxes = batch
+    def views(self, batch: Handed, device: torch.device) -> tuple[Views, Labels]:
+        _, labels, whole, shapes, boxes = batch
         pieces = split(whole.to(device, non_blocking=True), shapes)
-        return cut_together([piece.permute(2, 0, 1) for piece in pieces], boxes, self.transform.sizes)
+        return cut_together([piece.permute(2, 0, 1) for piece in pieces], boxes, self.transform.sizes), labels
 
 
 class DeviceDecodes(DeviceCrops):
@@ -76,14 +81,15 @@ class DeviceDecodes(DeviceCrops):
         super().__init__(dataset, transform)
         self.broken = broken
 
-    def load(self, index: int, rng: np.random.Generator) -> tuple[int, Tensor, ndarray]:
+    def load(self, index: int, rng: np.random.Generator) -> tuple[int, int, Tensor, ndarray]:
         data = self.dataset.encoded(index)
         if (shape := plain_jpeg(data)) is None:
             return super().load(index, rng)
-        return index, torch.frombuffer(bytearray(data), dtype=torch.uint8), self.transform.boxes(*shape, rng)
+        stored = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return index, int(self.dataset.labels[index]), stored, self.transform.boxes(*shape, rng)
 
-    def views(self, batch: Handed, device: torch.device) -> Views:
-        indices, whole, shapes, boxes = batch
+    def views(self, batch: Handed, device: torch.device) -> tuple[Views, Labels]:
+        indices, labels, whole, shapes, boxes = batch
         stored = split(whole, shapes)  # on the CPU: from there nvJPEG reads
         jpegs = [i for i, shape in enumerate(shapes) if len(shape) == 1]
         images = [one if one.ndim == 1 else one.permute(2, 0, 1).to(device, non_blocking=True) for one in stored]
@@ -93,17 +99,17 @@ class DeviceDecodes(DeviceCrops):
             with quiet():
                 decoded = decode_jpeg([stored[i] for i in jpegs], ImageReadMode.RGB, device=device) if jpegs else []
         except RuntimeError:  # of one of them, and it does not say which
-            decoded = [self._one(indices[i], boxes[i]).to(device) for i in jpegs]
+            decoded = [self._one(i, indices[i], labels, boxes).to(device) for i in jpegs]
         for i, image in zip(jpegs, decoded, strict=True):
             images[i] = image
-        return cut_together(images, boxes, self.transform.sizes)
+        return cut_together(images, boxes, self.transform.sizes), labels
 
-    def _one(self, index: int, boxes: ndarray) -> Tensor:
-        """Decoded as a worker does it; `boxes` change where it is another image's place that is taken."""
+    def _one(self, place: int, index: int, labels: Tensor, boxes: Boxes) -> Tensor:
+        """Decoded as a worker does it; label and boxes change where another image takes the place of a broken one."""
         image: Tensor
-        (image, _), broken = first_readable(self.dataset.__getitem__, index, len(self.dataset))
+        (image, labels[place]), broken = first_readable(self.dataset.__getitem__, index, len(self.dataset))
         if broken:
-            boxes[:] = self.transform.boxes(image.shape[1], image.shape[2], np.random.default_rng(index))
+            boxes[place] = self.transform.boxes(image.shape[1], image.shape[2], np.random.default_rng(index))
             note(broken, self.broken)
         return image
 
@@ -128,8 +134,9 @@ class CachedCrops:
         indices, boxes = zip(*loaded, strict=True)
         return indices, np.stack(boxes)
 
-    def views(self, batch: tuple[tuple[int, ...], Boxes], device: torch.device) -> Views:
-        return cut_together([self.image(index)[0] for index in batch[0]], batch[1], self.transform.sizes)
+    def views(self, batch: tuple[tuple[int, ...], Boxes], device: torch.device) -> tuple[Views, Labels]:
+        images, labels = zip(*map(self.image, batch[0]), strict=True)
+        return cut_together(images, batch[1], self.transform.sizes), torch.tensor(labels)
 
 
 Crops = WorkerCrops | DeviceCrops | DeviceDecodes | CachedCrops

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dino.allowlist import allowed, network
-from dino.checkpoint import read_checkpoint
+from dino.checkpoint import other_shapes, read_checkpoint
 from dino.model import DinoModel
 from dino.weightless import needs_weights, weightless
 from dino.whole import write_durably
@@ -38,15 +38,7 @@ class TeacherFile:
 
     def check_shapes(self, expected: Mapping[str, Tensor]) -> None:
         """Raises ValueError, before any weights are read, where names or shapes differ from those `expected`."""
-        shapes = {name: tuple(value.shape) for name, value in expected.items()}
-        missing, unexpected = sorted(shapes.keys() - self.shapes.keys()), sorted(self.shapes.keys() - shapes.keys())
-        other = [
-            f"{name} is {list(self.shapes[name])} in the file and {list(shape)} in the network"
-            for name, shape in shapes.items()
-            if name in self.shapes and self.shapes[name] != shape
-        ]
-        kinds = {"missing: ": missing, "unexpected: ": unexpected, "": other}
-        if found := "; ".join(kind + _first(names) for kind, names in kinds.items() if names):
+        if found := other_shapes(self.shapes, expected):
             raise ValueError(f"{self.path} holds the weights of another network ({found}).")
 
 
@@ -106,7 +98,7 @@ def read_teacher(path: str | Path) -> TeacherFile:
             f"{path} is not there; expected a run's directory, its {TEACHER} or a checkpoint of it."
         )
     try:
-        return (_in_checkpoint if path.suffix == ".pt" else _in_safetensors)(path)
+        return (_in_checkpoint if path.suffix in (".pt", ".pth") else _in_safetensors)(path)
     except Exception as error:  # safetensors raises an exception type of its own for each fault, torch any
         raise _unreadable(path, error) from error
 
@@ -155,7 +147,7 @@ def _in_checkpoint(path: Path) -> TeacherFile:
     from dino.augmentation import IMAGENET_MEAN, IMAGENET_STD
 
     state = read_checkpoint(path)
-    config, colours, weights = state["config"], state["config"]["augmentation"], state["teacher"]
+    config, colours, weights = state["config"], state["config"]["augmentation"], state["teacher_state_dict"]
     preprocessing = {
         "size": config["dataset"]["eval_size"],
         "mean": colours.get("mean", IMAGENET_MEAN),
@@ -189,7 +181,3 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 def _unfit(file: TeacherFile, error: Exception) -> ValueError:
     return ValueError(f"{file.path}: the network that it describes cannot be built ({' '.join(str(error).split())}).")
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")

@@ -109,11 +109,11 @@ NETWORKS = {
     "a module in the current folder": {"_target_": "evil.Net"},
     "torch.hub": {"_target_": "torch.hub.load", "repo_or_dir": ".", "model": "model", "source": "local"},
     "torch.load": {"_target_": "torch.load", "f": "bomb.pt", "weights_only": False},
-    "a name on the hub by timm": {"_target_": "dino.backbone.timm.Timm", "name": "hf-hub:stranger/net"},
-    "a folder by timm": {"_target_": "dino.backbone.timm.Timm", "name": "local-dir:."},
+    "a name on the hub by timm": {"_target_": "dino.backbone.timm.Timm", "model_name": "hf-hub:stranger/net"},
+    "a folder by timm": {"_target_": "dino.backbone.timm.Timm", "model_name": "local-dir:."},
     "a weights file by timm": {
         "_target_": "dino.backbone.timm.Timm",
-        "name": "vit_tiny_patch16_224",
+        "model_name": "vit_tiny_patch16_224",
         "checkpoint_path": "bomb.pt",
     },
     "a function of timm": {"_target_": "timm.create_model", "model_name": "hf-hub:stranger/net"},
@@ -283,7 +283,7 @@ def test_pretrained_weights_are_never_downloaded_for_a_file(here):
     for node in (
         vit | {"pretrained": "stranger/net"},
         {"_target_": "dino.backbone.resnet.ResNet", "arch": "resnet18", "pretrained": True},
-        {"_target_": "dino.backbone.timm.Timm", "name": "vit_tiny_patch16_224", "pretrained": True},
+        {"_target_": "dino.backbone.timm.Timm", "model_name": "vit_tiny_patch16_224", "pretrained": True},
     ):
         assert allowed("backbone", node, "file")["pretrained"] is False
         write_teacher(here / "teacher.safetensors", backbone=node)
@@ -303,7 +303,7 @@ def test_every_class_of_conf_may_be_named_by_a_file():
             for node in nodes:
                 target = {"_target_": node["_target_"]}
                 more = (
-                    {"name": "vit_tiny_patch16_224"}
+                    {"model_name": "vit_tiny_patch16_224"}
                     if path.stem == "timm"
                     else {"path": "/"}
                     if path.stem == "hf"

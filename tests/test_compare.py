@@ -41,20 +41,22 @@ def begin(directory, settings, losses=(), knn=(), total_steps=40, saved=None):
     """What a run leaves: a loss every ten steps, a k-NN after each, a checkpoint (of no content) at step `saved`."""
     directory.mkdir(parents=True)
     claim(directory, settings)
-    history = History(settings)
+    history = History({"config": settings})
     history.metadata["total_steps"] = total_steps
     for i, loss in enumerate(losses, start=1):
         history.record_iteration(
             10 * i,
-            loss=loss,
-            learning_rate=1e-3,
-            momentum=0.99,
-            loss_over_ln_k=loss / 4,
-            teacher_entropy=0.5,
-            images_per_second=100.0 * i,
+            {
+                "loss": loss,
+                "learning_rate": 1e-3,
+                "momentum": 0.99,
+                "loss_over_ln_k": loss / 4,
+                "teacher_entropy": 0.5,
+                "images_per_second": 100.0 * i,
+            },
         )
     for i, accuracy in enumerate(knn, start=1):
-        history.record_epoch(i, iteration=10 * i, knn=accuracy)
+        history.record_epoch(i, {"iteration": 10 * i, "knn": accuracy})
     history.save(directory / "history.json")
     if saved is not None:
         (directory / "checkpoints").mkdir()

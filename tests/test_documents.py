@@ -1,5 +1,6 @@
 """What the README and CONTRIBUTING show is run as it stands."""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from dino.config import CONF
-from dino.config.node import build
+from dino.config.node import build_node
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,9 +18,15 @@ def blocks(name, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
 
 
-def test_the_readmes_ten_lines_of_python_train_and_measure(capsys):
-    program = next(text for text in blocks("README.md", "python") if "train(student" in text)
-    exec(compile(program, "README.md", "exec"), {})
+def test_the_readmes_loop_and_its_parts_train_and_measure(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loop, parts, _ = blocks("README.md", "python")
+    names = {}
+    exec(compile(loop, "README.md", "exec"), names)
+    assert names["step"] == 19 and names["loss"].item() < math.log(1024)
+    assert torch.load("checkpoint.pth", weights_only=True)["config"] == names["config"]
+    capsys.readouterr()
+    exec(compile(parts, "README.md", "exec"), {})
     assert re.fullmatch(r"\{'knn': 0\.\d+\}\n", capsys.readouterr().out)
 
 
@@ -33,7 +40,7 @@ def test_contributings_backbone_is_one_class_and_one_yaml(tmp_path, monkeypatch)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         search = f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
         composed = compose("train", ["backbone=tiny_conv", search])
-    backbone = build({key: composed.backbone[key] for key in composed.backbone})
+    backbone = build_node({key: composed.backbone[key] for key in composed.backbone})
     assert backbone(torch.zeros(2, 3, 64, 64)).shape == (2, backbone.output_dim)
 
 

@@ -55,12 +55,15 @@ def test_gradients_that_overflow_fp16_are_the_scalers_business_unless_they_never
 
 def test_what_is_not_finite_is_named_before_it_is_saved():
     good = {"weight": torch.tensor([1.0, -1e38]), "steps": torch.tensor(3)}
-    check_finite({"student": good, "teacher": good, "loss": {"center": torch.zeros(1, 4)}, "optimizer": {}}, 5)
+    rest = {"teacher_state_dict": good, "loss_state_dict": {}, "dino_loss_center": torch.zeros(1, 4)}
+    check_finite({"student_state_dict": good, "optimizer_state_dict": {}} | rest, 5)
     bad = {"norm.running_mean": torch.tensor([0.0, math.nan]), "norm.running_var": torch.tensor([-math.inf])}
     with pytest.raises(
         NonFiniteLoss, match=r"after step 5 .* not saved: student.norm.running_mean, student.norm.running_"
     ):
-        check_finite({"student": bad | good, "teacher": good, "loss": {}}, 5)
+        check_finite({"student_state_dict": bad | good} | rest, 5)
+    with pytest.raises(NonFiniteLoss, match="not saved: loss.center"):
+        check_finite({"student_state_dict": good} | rest | {"dino_loss_center": torch.tensor([[math.nan]])}, 5)
 
 
 @pytest.mark.parametrize(("batch", "accumulation", "ranks"), [(12, 1, 1), (3, 2, 2), (2, 3, 2), (4, 1, 3)])

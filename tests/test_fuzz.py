@@ -79,7 +79,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "resnet_small": (["backbone=resnet_small", "backbone.width=16", *TEXTURES], "backbone"),
     "dino_vits16": (["backbone=dino_vits16", "backbone.image_size=16", *VIT, *TEXTURES], "backbone"),
     "resnet18": (["backbone=resnet18", *TEXTURES], "backbone"),
-    "timm": (["backbone=timm", "backbone.name=resnet10t", *TEXTURES], "backbone"),
+    "timm": (["backbone=timm", "backbone.model_name=resnet10t", *TEXTURES], "backbone"),
     "sgd": (["optimizer=sgd", *BACKBONE, *TEXTURES], "optimizer"),
     "lars": (["optimizer=lars", *BACKBONE, *TEXTURES], "optimizer"),
     "no evaluator": (["evaluator=none", *BACKBONE, *TEXTURES], "evaluator"),

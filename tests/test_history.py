@@ -16,7 +16,9 @@ from dino.history import History
 
 def record(history, iterations):
     for i in iterations:
-        history.record_iteration(i, loss=7.0 - i / 8, learning_rate=i * 1e-4, momentum=0.99, gradient_norm=i + 0.5)
+        history.record_iteration(
+            i, {"loss": 7.0 - i / 8, "learning_rate": i * 1e-4, "momentum": 0.99, "gradient_norm": i + 0.5}
+        )
 
 
 def without_times(entries):
@@ -34,9 +36,9 @@ def content(path):
 
 def test_the_file_holds_what_was_recorded_with_utc_times(tmp_path):
     before = datetime.now(UTC)
-    history = History({"training": {"epochs": 2}})
+    history = History({"config": {"training": {"epochs": 2}}})
     record(history, [1, 11])
-    history.record_epoch(1, iteration=11, loss=6.0, knn=0.5)
+    history.record_epoch(1, {"iteration": 11, "loss": 6.0, "knn": 0.5})
     history.save(tmp_path / "history.json")
 
     saved = content(tmp_path / "history.json")
@@ -61,7 +63,7 @@ def test_many_small_saves_write_the_file_of_one_save(tmp_path, first):
     for i in range(first, 6):
         record(history, [i])
         if i % 2:
-            history.record_epoch(i // 2, loss=float(i))
+            history.record_epoch(i // 2, {"loss": float(i)})
         history.save(tmp_path / "often.json")
     history.save(tmp_path / "once.json")
     assert (tmp_path / "often.json").read_bytes() == (tmp_path / "once.json").read_bytes()
@@ -107,9 +109,9 @@ def test_a_file_deleted_or_cut_during_the_run_is_written_whole_again(tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_is_valid_json_and_comes_back_as_nan(tmp_path, value):
-    history = History({"limit": value, "list": [value, 1]})
-    history.record_iteration(1, loss=value, learning_rate=0.1, momentum=0.9)
-    history.record_epoch(1, loss=value)
+    history = History({"config": {"limit": value, "list": [value, 1]}})
+    history.record_iteration(1, {"loss": value, "learning_rate": 0.1, "momentum": 0.9})
+    history.record_epoch(1, {"loss": value})
     history.save(tmp_path / "history.json")
     assert content(tmp_path / "history.json")["metadata"]["config"] == {"limit": None, "list": [None, 1]}
     loaded = History.load(tmp_path / "history.json")
@@ -120,8 +122,10 @@ def test_a_number_that_is_not_finite_is_valid_json_and_comes_back_as_nan(tmp_pat
 
 def test_scalars_of_numpy_and_torch_are_written_as_numbers(tmp_path):
     history = History()
-    history.record_iteration(1, 2.0, 0.1, 0.9, count=3, a=np.float64(0.5), note="warm-up")
-    history.record_epoch(1, rank=7, b=float(torch.tensor(0.25)))
+    history.record_iteration(
+        1, {"loss": 2.0, "learning_rate": 0.1, "momentum": 0.9, "count": 3, "a": np.float64(0.5), "note": "warm-up"}
+    )
+    history.record_epoch(1, {"rank": 7, "b": float(torch.tensor(0.25))})
     history.save(tmp_path / "history.json")
     entry = content(tmp_path / "history.json")["iteration_metrics"][0]
     assert (entry["count"], entry["a"], entry["note"]) == (3, 0.5, "warm-up")
@@ -129,9 +133,9 @@ def test_scalars_of_numpy_and_torch_are_written_as_numbers(tmp_path):
 
 
 def test_a_loaded_history_is_the_saved_one_and_can_go_on(tmp_path):
-    history = History({"seed": 3})
+    history = History({"config": {"seed": 3}})
     record(history, range(4))
-    history.record_epoch(1, knn=0.25)
+    history.record_epoch(1, {"knn": 0.25})
     history.save(tmp_path / "history.json")
     loaded = History.load(tmp_path / "history.json")
     assert loaded.metadata == history.metadata
@@ -155,10 +159,10 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
 
 def test_metrics_line_up_with_the_iterations_where_some_entries_lack_them():
     history = History()
-    history.record_iteration(1, 3.0, 0.1, 0.9)
-    history.record_iteration(5, 2.0, 0.2, 0.9, rank_me=40.0)
-    history.record_epoch(1, loss=3.0)
-    history.record_epoch(2, loss=2.0, knn=0.5)
+    history.record_iteration(1, {"loss": 3.0, "learning_rate": 0.1, "momentum": 0.9})
+    history.record_iteration(5, {"loss": 2.0, "learning_rate": 0.2, "momentum": 0.9, "rank_me": 40.0})
+    history.record_epoch(1, {"loss": 3.0})
+    history.record_epoch(2, {"loss": 2.0, "knn": 0.5})
     assert history.get_iterations() == [1, 5]
     assert history.get_metric("loss") == [3.0, 2.0]
     assert history.get_metric("rank_me") == [pytest.approx(math.nan, nan_ok=True), 40.0]
@@ -169,7 +173,7 @@ def test_metrics_line_up_with_the_iterations_where_some_entries_lack_them():
 
 def test_an_unknown_metric_is_an_error_that_lists_the_known_ones():
     history = History()
-    history.record_iteration(1, 3.0, 0.1, 0.9)
+    history.record_iteration(1, {"loss": 3.0, "learning_rate": 0.1, "momentum": 0.9})
     with pytest.raises(
         ValueError, match="no iteration has 'lr'; recorded are iteration, learning_rate, loss, momentum"
     ):
@@ -178,8 +182,8 @@ def test_an_unknown_metric_is_an_error_that_lists_the_known_ones():
 
 def test_a_second_record_of_an_epoch_adds_to_it():
     history = History()
-    history.record_epoch(3, loss=2.0)
-    history.record_epoch(3, knn=0.5)
+    history.record_epoch(3, {"loss": 2.0})
+    history.record_epoch(3, {"knn": 0.5})
     assert history.get_metric("loss", "epoch") == [2.0]
     assert history.get_metric("knn", "epoch") == [0.5]
 
@@ -190,15 +194,15 @@ def test_repeated_iterations_and_earlier_epochs_are_refused():
     for repeated in (5, 4):
         with pytest.raises(ValueError, match=f"iterations must rise, got {repeated} after 5"):
             record(history, [repeated])
-    history.record_epoch(2, loss=1.0)
+    history.record_epoch(2, {"loss": 1.0})
     with pytest.raises(ValueError, match="epochs must not fall, got 1 after 2"):
-        history.record_epoch(1, loss=1.0)
+        history.record_epoch(1, {"loss": 1.0})
 
 
 def test_a_dataframe_has_a_row_an_entry():
     history = History()
     record(history, [1, 11, 21])
-    history.record_epoch(1, knn=0.5)
+    history.record_epoch(1, {"knn": 0.5})
     frame = history.to_dataframe()
     assert frame["iteration"].tolist() == [1, 11, 21]
     assert frame["gradient_norm"].mean() == 11.5
@@ -209,7 +213,7 @@ def test_a_dataframe_has_a_row_an_entry():
 
 def more_saves(path, history):
     record(history, range(4, 9))
-    history.record_epoch(2, loss=0.0)
+    history.record_epoch(2, {"loss": 0.0})
     history.save(path)
 
 
@@ -225,19 +229,19 @@ AFTER_THE_CHECKPOINT = {
 @pytest.mark.parametrize("after", AFTER_THE_CHECKPOINT.values(), ids=AFTER_THE_CHECKPOINT)
 def test_a_resumed_run_has_no_duplicate_and_no_missing_entry_whatever_was_written_after_the_checkpoint(tmp_path, after):
     path = tmp_path / "history.json"
-    history = History({"seed": 1})
+    history = History({"config": {"seed": 1}})
     history.metadata["baselines"] = {"raw_pixels": 0.18}
     record(history, range(4))
-    history.record_epoch(1, loss=5.0)
+    history.record_epoch(1, {"loss": 5.0})
     history.save(path)
     torch.save(history.state_dict(), tmp_path / "checkpoint")
     after(path, history)
 
     state = torch.load(tmp_path / "checkpoint", weights_only=True)
-    resumed = History.resume(path, state, {"seed": 1, "workers": 4})
+    resumed = History.resume(path, state, {"config": {"seed": 1, "workers": 4}})
     assert without_times(content(path)["iteration_metrics"]) == without_times(history._entries["iteration"][:4])
     record(resumed, range(4, 7))
-    resumed.record_epoch(2, loss=4.0)
+    resumed.record_epoch(2, {"loss": 4.0})
     resumed.save(path)
 
     unbroken = History()
@@ -257,7 +261,7 @@ import pickle, sys
 from dino.history import History
 history = History({"text": "x" * 5000})
 for i in range(10**9):
-    history.record_iteration(i, loss=i / 8, learning_rate=0.1, momentum=0.9)
+    history.record_iteration(i, {"loss": i / 8, "learning_rate": 0.1, "momentum": 0.9})
     history.save("history.json")
     if i == 40:
         pickle.dump(history.state_dict(), open("state", "wb"))

@@ -42,12 +42,12 @@ def journal(tmp_path, stop=None, measured=(), **changes):
     saved, spy, results = [], Spy(), iter(measured)
     arguments = {
         "directory": tmp_path,
-        "history": History({}),
+        "history": History({"config": {}}),
         "loggers": Loggers([spy]),
         "monitor": Monitor(torch.nn.Linear(2, 2), DinoLoss(4, ncrops=2)),
         "evaluate": lambda: next(results, {}),
         "report": lambda: None,
-        "checkpoint": lambda iteration, metrics, best: saved.append((iteration, dict(metrics), best)),
+        "checkpoint": lambda iteration, state, best: saved.append((iteration, dict(state), best)),
         "stop": stop or StopSignal(),
         "broken": set(),
         "images": 1000,
@@ -114,8 +114,8 @@ def test_checkpoints_are_written_at_the_first_step_after_each_epoch_and_at_the_e
 def test_a_resumed_epoch_has_the_mean_of_the_whole_epoch(tmp_path):
     whole, saved, _ = journal(tmp_path, checkpoint_every_minutes=1e-9)
     walk(whole, [1, 2, 3, 4, 9, 9])
-    metrics = next(metrics for iteration, metrics, _ in saved if iteration == 2)
-    resumed, _, _ = journal(tmp_path / "resumed", start=2, metrics=metrics)
+    state = next(state for iteration, state, _ in saved if iteration == 2)
+    resumed, _, _ = journal(tmp_path / "resumed", start=2, state=state)
     walk(resumed, [3, 4, 9], start=2)
     assert resumed.history.get_metric("loss", "epoch") == [2.5]
 
@@ -163,8 +163,8 @@ def test_steps_that_may_be_left_out_are_counted_over_resumes_and_not_in_the_mean
     keeper, saved, _ = journal(tmp_path, finite=finite())
     walk(keeper, [1, math.nan, 3, 5], norms={1: math.nan})
     assert keeper.history.get_metric("loss", "epoch") == [3]
-    _, metrics, _ = saved[-1]
-    resumed, _, _ = journal(tmp_path / "resumed", start=4, metrics=metrics, finite=finite())
+    _, state, _ = saved[-1]
+    resumed, _, _ = journal(tmp_path / "resumed", start=4, state=state, finite=finite())
     walk(resumed, [1, 1], start=4, norms={4: math.inf})
     with pytest.raises(NonFiniteLoss, match="the loss is inf at step 8"):
         walk(resumed, [1, math.inf], start=6)
@@ -211,16 +211,16 @@ def test_a_signal_in_an_evaluation_cuts_it_short_and_a_resumed_run_evaluates_fir
         with pytest.raises(Interrupted, match="SIGTERM"):
             walk(keeper, [1, 2, 3, 4])
         keeper.close()
-    iteration, metrics, best = saved[-1]
-    assert (iteration, best, metrics["epoch_loss"]) == (4, False, 10)
+    iteration, state, best = saved[-1]
+    assert (iteration, best, state["epoch_loss"]) == (4, False, 10)
     assert keeper.history.get_metric("epoch", "epoch") == []
-    resumed, saved, _ = journal(tmp_path / "resumed", start=4, metrics=metrics, measured=[{"knn": 0.5}])
+    resumed, saved, _ = journal(tmp_path / "resumed", start=4, state=state, measured=[{"knn": 0.5}])
     resumed.end_interrupted_epoch()
     assert [(iteration, best) for iteration, _, best in saved] == [(4, True)]
     assert resumed.history.get_metric("loss", "epoch") == [2.5]
     assert resumed.history.get_metric("knn", "epoch") == [0.5]
     resumed.close()
-    again, saved, _ = journal(tmp_path / "again", start=4, metrics=saved[-1][1])
+    again, saved, _ = journal(tmp_path / "again", start=4, state=saved[-1][1])
     again.end_interrupted_epoch()
     assert saved == []
     again.close()

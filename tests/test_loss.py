@@ -34,7 +34,7 @@ def softmax(values):
 
 def random_case(views, globals_=2, batch=3, dim=7, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    loss = DinoLoss(dim, views, globals_, 0.1, 0.05).to(dtype)
+    loss = DinoLoss(dim, views, globals_, 0.1, 0.05).to(dtype).eval()  # in train mode each call would move the center
     loss.center.copy_(torch.randn(1, dim, generator=generator, dtype=dtype) * 0.1)  # a zero center would hide a sign
     student = torch.randn(views * batch, dim, generator=generator, dtype=dtype) * 0.3
     return loss, student, torch.randn(globals_ * batch, dim, generator=generator, dtype=dtype) * 0.3
@@ -44,7 +44,7 @@ def random_case(views, globals_=2, batch=3, dim=7, seed=0, dtype=torch.float64):
 def test_the_loss_is_the_papers_mean_over_pairs_of_different_views(views, globals_):
     loss, student, teacher = random_case(views, globals_, seed=views)
     expected = naive_loss(student, teacher, loss.center, views, globals_, 0.1, 0.07)
-    assert loss(student, teacher, 0.07).item() == pytest.approx(expected, abs=1e-6)
+    assert loss(student, teacher, teacher_temp=0.07).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_without_a_teacher_temperature_the_constructors_holds():
@@ -75,19 +75,46 @@ def test_the_loss_is_never_negative(views, batch, scale, seed):
 def test_gradients_are_those_of_finite_differences_and_the_teacher_gets_none_from_forward():
     loss, student, teacher = random_case(4, batch=2, dim=5)
     student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: loss(s, teacher, 0.07), (student,))
-    assert torch.autograd.gradcheck(lambda *factors: loss(Factors(*factors), teacher, 0.07), (*factors_of(2, 4, 5),))
+    assert torch.autograd.gradcheck(lambda s: loss(s, teacher, teacher_temp=0.07), (student,))
+    of_factors = factors_of(2, 4, 5)
+    assert torch.autograd.gradcheck(lambda *f: loss(Factors(*f), teacher, teacher_temp=0.07), (*of_factors,))
 
 
-def test_the_center_moves_by_the_papers_formula_and_only_when_asked():
+def test_in_train_mode_the_center_moves_by_the_papers_formula_after_the_loss():
     loss, student, teacher = random_case(4)
-    before = loss.center.clone()
-    loss(student, teacher)
-    assert torch.equal(loss.center, before)
-    loss.update_center(teacher)
+    before, expected = loss.center.clone(), naive_loss(student, teacher, loss.center, 4, 2, 0.1, 0.05)
+    assert loss.train()(student, teacher).item() == pytest.approx(expected, abs=1e-6)
     for k in range(7):
         mean = sum(row[k] for row in teacher.tolist()) / len(teacher)
         assert loss.center[0, k].item() == pytest.approx(0.9 * before[0, k].item() + 0.1 * mean, abs=1e-12)
+
+
+def test_the_center_stays_in_eval_mode_and_where_the_loop_moves_it_itself():
+    loss, student, teacher = random_case(4)
+    before = loss.center.clone()
+    loss(student, teacher)
+    loss.train()(student, teacher, move_center=False)
+    assert torch.equal(loss.center, before)
+    alone, _, _ = random_case(4)
+    alone.train()(student, teacher)
+    loss.update_center(teacher)
+    assert torch.equal(loss.center, alone.center)
+
+
+@pytest.mark.parametrize("temp", [0.0, 5.0, -0.04, math.nan])
+def test_an_epoch_in_place_of_a_temperature_is_refused(temp):
+    """The official loss takes the epoch there: 0 gave NaN, 5 a teacher that is almost uniform."""
+    loss, student, teacher = random_case(4)
+    with pytest.raises(ValueError, match=r"teacher_temp must be in \(0, 1\]"):
+        loss(student, teacher, teacher_temp=temp)
+    with pytest.raises(TypeError, match="positional argument"):
+        loss(student, teacher, temp)
+
+
+@pytest.mark.parametrize(("student_temp", "teacher_temp"), [(0.04, 0.07), (0.1, 0.1)])
+def test_a_teacher_that_is_not_sharper_than_the_student_is_warned_of(student_temp, teacher_temp):
+    with pytest.warns(UserWarning, match="the teacher should be sharper"):
+        DinoLoss(64, student_temp=student_temp, teacher_temp=teacher_temp)
 
 
 def test_the_means_of_equal_parts_move_the_center_as_the_whole_batch_does():
@@ -129,13 +156,13 @@ def test_factors_cost_what_their_product_does_and_so_do_parts_of_the_batch(monke
     loss, _, teacher = random_case(views, globals_, batch=images, dim=23)
     factors = factors_of(images, views, 23)
     student = F.linear(*factors).detach().requires_grad_()
-    whole = loss(student, teacher, 0.07)
+    whole = loss(student, teacher, teacher_temp=0.07)
     whole.backward()
     assert whole.item() == pytest.approx(
         naive_loss(student.detach(), teacher, loss.center, views, globals_, 0.1, 0.07), rel=1e-12
     )
     monkeypatch.setattr("dino.loss.MOST_LOGITS", math.ceil(views * images * 23 / parts))
-    value = loss(factors, teacher, 0.07)
+    value = loss(factors, teacher, teacher_temp=0.07)
     value.backward()
     assert value.item() == pytest.approx(whole.item(), rel=1e-12)
     for ours, expected in zip(
@@ -209,8 +236,8 @@ def test_entropies_tell_uniform_and_one_prototype_from_health():
     ("arguments", "sentence"),
     [
         ({"out_dim": 1}, "out_dim must be at least 2"),
-        ({"out_dim": 8, "student_temp": 0.0}, "student_temp must be above 0, got 0.0"),
-        ({"out_dim": 8, "teacher_temp": -1.0}, "teacher_temp must be above 0"),
+        ({"out_dim": 8, "student_temp": 0.0}, r"student_temp must be in \(0, 1\], got 0.0"),
+        ({"out_dim": 8, "teacher_temp": -1.0}, r"teacher_temp must be in \(0, 1\]"),
         ({"out_dim": 8, "center_momentum": 1.0}, r"center_momentum must be in \[0, 1\)"),
         ({"out_dim": 8, "ncrops": 1, "n_global_crops": 1}, "ncrops must be at least 2"),
     ],

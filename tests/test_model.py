@@ -40,7 +40,7 @@ class CountedBackbone(nn.Module):
 def test_a_list_of_views_gives_what_one_pass_a_view_gives_in_the_order_of_the_views(sizes):
     model = build().eval()
     views = views_of(*sizes)
-    outputs, features = model(views, return_backbone_features=True)
+    features, outputs = model(views, return_backbone_features=True)
     expected_features = torch.cat([model.backbone(view) for view in views])
     assert torch.allclose(features, expected_features, atol=1e-5)
     assert torch.allclose(outputs, model.projection_head(expected_features), atol=1e-5)
@@ -162,8 +162,8 @@ def test_teacher_mode_brings_a_teacher_back_from_evaluation():
     assert torch.equal(teacher(views), expected)
 
 
-@pytest.mark.parametrize("momentum", [-0.1, 1.1])
-def test_a_momentum_outside_0_to_1_is_refused(momentum):
+@pytest.mark.parametrize("alpha", [-0.1, 1.1])
+def test_an_alpha_outside_0_to_1_is_refused(alpha):
     student = build()
-    with pytest.raises(ValueError, match=rf"momentum must be in \[0, 1\], got {momentum}"):
-        update_teacher_EMA(student, make_teacher(student), momentum)
+    with pytest.raises(ValueError, match=rf"alpha must be in \[0, 1\], got {alpha}"):
+        update_teacher_EMA(student, make_teacher(student), alpha)

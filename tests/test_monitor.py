@@ -267,7 +267,7 @@ def trained(tmp_path, caplog, groups=8, out_dim=32, use_bn=True, temp=0.04, cent
 
     journal = Journal(
         directory=tmp_path,
-        history=History({}),
+        history=History({"config": {}}),
         loggers=Loggers([]),
         monitor=Monitor(student, loss, quiet_steps=schedule.warmup_steps),
         evaluate=dict,

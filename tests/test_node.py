@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from dino.config.node import Misfit, build, fitted, misfits
+from dino.config.node import Misfit, build_node, fitted, misfits
 from dino.refused import Refused
 
 
@@ -118,7 +118,7 @@ def test_a_target_that_is_none_is_one_sentence(target, words):
 
 
 def test_build_makes_nested_parts_with_converted_values():
-    part = build(
+    part = build_node(
         {"_target_": TARGET, "width": 2, "rate": 1, "inner": {"_target_": TARGET, "width": 3, "betas": [1, 2]}}
     )
     assert (part.width, part.rate, part.inner.betas) == (2, 1.0, (1.0, 2.0))
@@ -127,20 +127,20 @@ def test_build_makes_nested_parts_with_converted_values():
 
 def test_a_partial_waits_for_its_late_arguments_and_pickles():
     node = {"_target_": TARGET, "_partial_": True, "betas": [1, 2]}
-    waiting = build(node)
+    waiting = build_node(node)
     assert isinstance(waiting, functools.partial)
     assert pickle.loads(pickle.dumps(waiting))(width=4).betas == (1.0, 2.0)
-    assert build(node, width=5).width == 5
+    assert build_node(node, width=5).width == 5
 
 
 def test_what_a_constructor_objects_to_is_a_refusal_in_its_words():
     with pytest.raises(Refused, match=r"^Part: width must be at least 1, got 0\.$"):
-        build({"_target_": TARGET, "width": 0})
+        build_node({"_target_": TARGET, "width": 0})
 
 
 def test_a_mistake_inside_a_constructor_keeps_its_traceback():
     with pytest.raises(NameError):
-        build({"_target_": f"{__name__}.broken"})
+        build_node({"_target_": f"{__name__}.broken"})
 
 
 def broken() -> None:

@@ -18,20 +18,22 @@ def history():
         loss = 7.0 - i / 10
         history.record_iteration(
             i * 10,
-            loss=loss,
-            loss_over_ln_k=loss / LN_K,
-            learning_rate=i * 1e-4,
-            momentum=0.99 + i * 1e-4,
-            teacher_entropy=0.9,
-            teacher_entropy_of_mean=0.95,
-            kl_to_uniform=0.3,
-            agreement=0.25,
-            prototypes_in_use=0.1,
-            rankme=9.0,
-            gradient_norm=1.5,
+            {
+                "loss": loss,
+                "loss_over_ln_k": loss / LN_K,
+                "learning_rate": i * 1e-4,
+                "momentum": 0.99 + i * 1e-4,
+                "teacher_entropy": 0.9,
+                "teacher_entropy_of_mean": 0.95,
+                "kl_to_uniform": 0.3,
+                "agreement": 0.25,
+                "prototypes_in_use": 0.1,
+                "rankme": 9.0,
+                "gradient_norm": 1.5,
+            },
         )
     for epoch, knn in enumerate((0.3, 0.6, 0.7), start=1):
-        history.record_epoch(epoch, iteration=epoch * 100, loss=6.0 - epoch, knn=knn)
+        history.record_epoch(epoch, {"iteration": epoch * 100, "loss": 6.0 - epoch, "knn": knn})
     return history
 
 
@@ -69,8 +71,8 @@ def test_the_loss_is_shown_beside_ln_k(history):
 
 def test_a_loss_without_its_ratio_to_ln_k_is_plotted_alone():
     history = History()
-    history.record_iteration(1, 3.0, 0.1, 0.9)
-    history.record_iteration(2, 2.0, 0.1, 0.9)
+    history.record_iteration(1, {"loss": 3.0, "learning_rate": 0.1, "momentum": 0.9})
+    history.record_iteration(2, {"loss": 2.0, "learning_rate": 0.1, "momentum": 0.9})
     axes = history.plot_loss().axes[0]
     assert len(axes.get_lines()) == 1
     assert axes.child_axes == []
@@ -94,7 +96,9 @@ def test_the_knn_plot_has_the_baselines_as_dashed_lines(history):
 def test_gaps_are_left_out_and_noise_is_smoothed():
     history = History()
     for i in range(200):
-        history.record_iteration(i, loss=math.nan if i == 5 else float(i % 2), learning_rate=0.1, momentum=0.9)
+        history.record_iteration(
+            i, {"loss": math.nan if i == 5 else float(i % 2), "learning_rate": 0.1, "momentum": 0.9}
+        )
     raw, smooth = history.plot_loss().axes[0].get_lines()
     assert 5 not in raw.get_xdata()
     assert len(raw.get_xdata()) == 199
@@ -118,12 +122,11 @@ def test_everything_recorded_has_its_frame_and_the_collapse_measures_share_one(h
     assert [axes.get_ylabel() for axes in history.plot_all("epoch").axes] == ["k-NN accuracy", "loss"]
 
 
-def test_plots_are_written_as_images_into_a_folder_or_to_a_file(history, tmp_path):
-    history.plot_all("iteration", tmp_path / "plots")
-    history.plot_all("epoch", tmp_path / "plots")
+def test_plots_are_written_as_one_image_to_the_file_named(history, tmp_path):
     history.plot_loss(save_path=tmp_path / "new" / "loss.png")
-    history.plot_all("epoch", tmp_path / "all.png")
-    for path in ("plots/iteration.png", "plots/epoch.png", "new/loss.png", "all.png"):
+    history.plot_all("epoch", save_path=tmp_path / "all.png")
+    history.plot_all(save_path=tmp_path / "no_suffix")
+    for path in ("new/loss.png", "all.png", "no_suffix"):
         with Image.open(tmp_path / path) as image:
             pixels = np.asarray(image.convert("L"))
         assert (pixels.min() < 100, pixels.max() > 250) == (True, True), path
@@ -141,7 +144,7 @@ import sys
 sys.path[:0] = {sys.path!r}
 from dino.history import History
 history = History()
-history.record_iteration(1, 3.0, 0.1, 0.9)
+history.record_iteration(1, {{"loss": 3.0}})
 history.save({str(tmp_path / "history.json")!r})
 print({{"matplotlib", "pandas", "torch"}} & set(sys.modules))
 history.plot_all()

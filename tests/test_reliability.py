@@ -22,7 +22,7 @@ from test_weights import CONFIG, teacher
 
 import dino.evaluator
 import dino.report
-from dino.checkpoint import load_checkpoint, save_checkpoint
+from dino.checkpoint import STATES, newest_checkpoint, write_step
 from dino.config import CONF, compose
 from dino.history import History
 from dino.journal import Interrupted
@@ -57,7 +57,7 @@ def unbroken(tmp_path_factory):
 
 def assert_same_end(one, other):
     """As assert_same_run, but for the random states: what checks types here draws numbers of its own."""
-    for part in ("student", "teacher", "loss", "optimizer", "iteration"):
+    for part in (*STATES, "iteration"):
         assert_same_state(final(one)[part], final(other)[part])
     histories = [History.load(directory / "history.json") for directory in (one, other)]
     for level, metric in (("iteration", "iteration"), ("iteration", "loss"), ("epoch", "epoch"), ("epoch", "loss")):
@@ -272,7 +272,7 @@ def test_a_run_whose_newest_checkpoint_is_broken_goes_on_from_the_one_before_to_
 def history_of(entries):
     history = History()
     for i in range(entries):
-        history.record_iteration(i, loss=7.0, learning_rate=0.1, momentum=0.9)
+        history.record_iteration(i, {"loss": 7.0, "learning_rate": 0.1, "momentum": 0.9})
     return history
 
 
@@ -280,7 +280,7 @@ class Saved:
     """Each writes a small file, then a larger one in its place."""
 
     def checkpoint(self, directory, n):
-        save_checkpoint(directory, {"iteration": n, "student": torch.zeros(20_000 * n)}, best=True)
+        write_step(directory, {"iteration": n, "weights": torch.zeros(20_000 * n)}, best=True)
 
     def teacher(self, directory, n):
         torch.manual_seed(n)
@@ -289,14 +289,14 @@ class Saved:
     def history(self, directory, n):
         self.grown = getattr(self, "grown", History())
         for i in range(100 * (n - 1), 100 * n):
-            self.grown.record_iteration(i, loss=7.0, learning_rate=0.1, momentum=0.9)
+            self.grown.record_iteration(i, {"loss": 7.0, "learning_rate": 0.1, "momentum": 0.9})
         self.grown.save(directory / "history.json")
 
     def first_history(self, directory, n):
         history_of(100 * n).save(directory / "history.json")
 
     def plots(self, directory, n):
-        history_of(30 * n).plot_all("iteration", directory / "plots")
+        history_of(30 * n).plot_all("iteration", directory / "plots" / "iteration.png")
 
     def config(self, directory, n):
         claim(directory, {"seed": n, "name": "x" * 20_000 * n})
@@ -342,7 +342,7 @@ def test_a_run_whose_disk_fills_up_stops_with_a_sentence_and_goes_on_when_there_
     ):
         run(config, disk / "a")
     assert {path.name for path in (disk / "a" / "checkpoints").iterdir()} == {"step_000000001.pt", "step_000000012.pt"}
-    assert load_checkpoint(disk / "a")["iteration"] == 12
+    assert newest_checkpoint(disk / "a")["iteration"] == 12
     assert History.load(disk / "a" / "history.json").get_iterations()[:2] == [1, 11]
     assert not [*disk.rglob(".partial")]
     (disk / "filler").unlink()

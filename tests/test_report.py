@@ -49,20 +49,22 @@ class Noise(torch.utils.data.Dataset):
 
 
 def history_of(steps=30, total=60):
-    history = History(CONFIG)
+    history = History({"config": CONFIG})
     history.metadata |= {"total_steps": total, "baselines": {"raw_pixels": 0.182, "untrained": 0.446}}
     for i in range(1, steps + 1):
         history.record_iteration(
             i,
-            loss=7.0 - i / steps,
-            learning_rate=1e-3,
-            momentum=0.99,
-            loss_over_ln_k=(7.0 - i / steps) / math.log(1024),
-            gradient_norm=math.nan if i == 2 else 1.0,
-            images_per_second=100.0 + i,
+            {
+                "loss": 7.0 - i / steps,
+                "learning_rate": 1e-3,
+                "momentum": 0.99,
+                "loss_over_ln_k": (7.0 - i / steps) / math.log(1024),
+                "gradient_norm": math.nan if i == 2 else 1.0,
+                "images_per_second": 100.0 + i,
+            },
         )
-    history.record_epoch(1, iteration=steps // 2, loss=6.5, knn=0.71, training_seconds=60.0)
-    history.record_epoch(2, iteration=steps, loss=6.2, knn=0.625, training_seconds=120.0)
+    history.record_epoch(1, {"iteration": steps // 2, "loss": 6.5, "knn": 0.71, "training_seconds": 60.0})
+    history.record_epoch(2, {"iteration": steps, "loss": 6.2, "knn": 0.625, "training_seconds": 120.0})
     return history
 
 
@@ -190,7 +192,7 @@ def test_a_noisy_curve_is_shown_with_its_running_mean(tmp_path):
     history = History()
     values = np.random.default_rng(0).normal(size=150)
     for i, value in enumerate(values):
-        history.record_iteration(i + 1, loss=float(value), learning_rate=0.1, momentum=0.9)
+        history.record_iteration(i + 1, {"loss": float(value), "learning_rate": 0.1, "momentum": 0.9})
     charts = curves_in(write_report(tmp_path, **arguments(history=history)).read_text())
     faint, mean = next(chart for chart in charts if chart["title"] == "loss")["series"]
     assert faint["faint"] and not mean["faint"] and mean["name"] == "loss (mean of 3)"

@@ -93,10 +93,10 @@ def begun(directory, *checkpoints, total_steps=36, entries=3):
     (directory / "checkpoints").mkdir()
     for step in checkpoints:
         (directory / "checkpoints" / f"step_{step:09d}.pt").touch()
-    history = History({"text": '}\n{ "metadata": '})
+    history = History({"config": {"text": '}\n{ "metadata": '}})
     history.metadata["total_steps"] = total_steps
     for iteration in range(entries):
-        history.record_iteration(iteration, loss=1.0, learning_rate=1.0, momentum=1.0)
+        history.record_iteration(iteration, {"loss": 1.0, "learning_rate": 1.0, "momentum": 1.0})
     history.save(directory / "history.json")
     return directory
 
@@ -135,7 +135,7 @@ def test_nothing_or_no_directory_is_a_run_that_has_not_started_and_looking_makes
 def test_the_total_is_found_at_the_end_of_a_history_of_any_length(tmp_path):
     assert state_of(begun(tmp_path, 36, entries=3000)).name == "finished"
     assert (tmp_path / "history.json").stat().st_size > 2 * 65536
-    history = History({"long": "x" * 100_000})  # a config larger than what is read first
+    history = History({"config": {"long": "x" * 100_000}})  # a config larger than what is read first
     history.metadata["total_steps"] = 36
     history.save(tmp_path / "history.json")
     assert state_of(tmp_path).name == "finished"

@@ -94,7 +94,7 @@ def test_values_reach_the_groups_they_are_meant_for():
     [
         ({"lr": -1.0}, "lr must be above 0, got -1.0"),
         ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
-        ({"temp": 0.0}, "temp must be above 0"),
+        ({"temp": 0.0}, r"temp must be in \(0, 1\], got 0.0"),
         ({"warmup_temp_epochs": 21.0}, r"warmup_temp_epochs must be in \[0, epochs=20\], got 21.0"),
         ({"freeze_last_layer_epochs": 20.0}, r"freeze_last_layer_epochs must be in \[0, epochs=20\)"),
         ({"min_lr": 1.0}, "min_lr must not be above the peak learning rate"),

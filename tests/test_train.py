@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino import DinoLoss, DinoModel, DinoProjectionHead, DINOTransform, Schedule, Steps, make_teacher, parameter_groups
 from dino.backbone.vit import ViT
+from dino.checkpoint import STATES
 from dino.config import CONF, compose
 from dino.dataset.textures import Textures
 from dino.history import History
@@ -317,7 +318,7 @@ def assert_same_state(left, right):
 
 def assert_same_run(directory, reference):
     one, other = final(directory), final(reference)
-    for part in ("student", "teacher", "loss", "optimizer", "scaler", "rng", "iteration", "epoch"):
+    for part in (*STATES, "scaler_state_dict", "rng", "iteration", "epoch"):
         assert_same_state(one[part], other[part])
     for level in ("iteration", "epoch"):
         frames = [History.load(d / "history.json").to_dataframe(level) for d in (directory, reference)]
@@ -492,7 +493,7 @@ def test_a_run_starts_from_the_teacher_of_another(uninterrupted, tmp_path):
         CONF,
     )
     run(config, tmp_path / "run")
-    first, last = final(tmp_path / "run")["student"], final(source)["teacher"]
+    first, last = final(tmp_path / "run")["student_state_dict"], final(source)["teacher_state_dict"]
     assert torch.equal(first["backbone.cls_token"], last["backbone.cls_token"])
 
 
@@ -515,7 +516,7 @@ def test_all_is_compiled_in_the_first_step_and_names_stay(tmp_path, monkeypatch)
     assert done.returncode == 0, done.stderr
     assert "epoch 2" in done.stderr
     assert sorted(re.findall(r"Recompiling function (\w+)", done.stderr)) == ["forward", "run_program"]
-    assert "backbone.cls_token" in final(tmp_path / "outputs" / "a")["student"]
+    assert "backbone.cls_token" in final(tmp_path / "outputs" / "a")["student_state_dict"]
 
 
 @pytest.mark.slow

@@ -55,7 +55,10 @@ def views(way, dataset=None, seed=3, keys=((0, 1), (0, 2), (4, 1))):
     some = crops(way, dataset)
     samples = Samples(some, seed, len(dataset))
     batch, broken = samples.collate([samples[key] for key in keys])
-    return some.views(batch, torch.device("cpu")), broken
+    cut, labels = some.views(batch, torch.device("cpu"))
+    if not broken:
+        assert labels.tolist() == [index for _, index in keys]  # Photos are labelled by their index
+    return cut, broken
 
 
 def test_whoever_crops_the_views_are_the_same():
@@ -130,28 +133,30 @@ def test_what_the_device_decodes_is_what_a_worker_decodes(tmp_path):
     dataset, broken = files(tmp_path), set()
     some = DeviceDecodes(dataset, TRANSFORM, broken)
     loaded = [some.load(index, np.random.default_rng(index)) for index in range(12)]
-    assert [stored.ndim for _, stored, _ in loaded] == [3 if index in (4, 5) else 1 for index in range(12)]
+    assert [stored.ndim for _, _, stored, _ in loaded] == [3 if index in (4, 5) else 1 for index in range(12)]
     other = DeviceCrops(dataset, TRANSFORM)
     expected = other.collate([other.load(index, np.random.default_rng(index)) for index in range(12)])
-    for view, same in zip(some.views(some.collate(loaded), CPU), other.views(expected, CPU)):
+    for view, same in zip(some.views(some.collate(loaded), CPU)[0], other.views(expected, CPU)[0]):
         assert torch.equal(view, same)
     assert not broken
 
 
 def test_a_jpeg_that_is_broken_on_the_device_gives_its_place_to_the_next(tmp_path):
     dataset, broken = files(tmp_path, broken=(7,)), set()
+    dataset.labels = np.arange(12)
     with pytest.raises(BrokenImage):
         dataset[7]
     some = DeviceDecodes(dataset, TRANSFORM, broken)
     loaded = [some.load(index, np.random.default_rng(index)) for index in (3, 7, 9)]
-    assert loaded[1][1].ndim == 1  # its header is sound
-    views = some.views(some.collate(loaded), CPU)
+    assert loaded[1][2].ndim == 1  # its header is sound
+    views, labels = some.views(some.collate(loaded), CPU)
+    assert labels.tolist() == [3, 8, 9]
     assert ["07.jpg" in sentence for sentence in broken] == [True]
     pixels = dataset[8][0]
     boxes = TRANSFORM.boxes(*pixels.shape[1:], np.random.default_rng(7))
     for view, expected in zip(views, cut_together([pixels], boxes[None], TRANSFORM.sizes)):
         assert torch.equal(view[1], expected[0])
-    whole = some.views(some.collate([some.load(index, np.random.default_rng(index)) for index in (3, 9)]), CPU)
+    whole, _ = some.views(some.collate([some.load(index, np.random.default_rng(index)) for index in (3, 9)]), CPU)
     assert torch.equal(views[0][[0, 2]], whole[0])
 
 

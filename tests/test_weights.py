@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dino.backbone.vit_tiny import ViTTiny
-from dino.checkpoint import read_checkpoint, save_checkpoint
+from dino.checkpoint import read_checkpoint, write_step
 from dino.head import DinoProjectionHead
 from dino.model import DinoModel
 from dino.weights import checksum, load_teacher, save_teacher
@@ -222,14 +222,14 @@ TEN_TERABYTES = b"\x8a\x06" + (10**13).to_bytes(6, "little")
 @pytest.mark.parametrize("name", ["torch Tensor", "__builtin__ bytearray", "torch FloatTensor", "posix system"])
 def test_a_checkpoint_calls_nothing_but_what_makes_its_tensors(tmp_path, name):
     """torch.load with weights_only=True allows the first three, which take as much memory as the file asks for."""
-    path = save_checkpoint(tmp_path, {"iteration": 1, "x": torch.zeros(3)})
+    path = write_step(tmp_path, {"iteration": 1, "x": torch.zeros(3)})
     packed(path, calling(name, TEN_TERABYTES))
     with little_memory(), pytest.raises(ValueError, match=f"it calls {name}"):
         read_checkpoint(path)
 
 
 def test_a_checkpoint_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
-    path = save_checkpoint(tmp_path, {"iteration": 1, "x": torch.zeros(100_000_000)})
+    path = write_step(tmp_path, {"iteration": 1, "x": torch.zeros(100_000_000)})
     packed(path, compression=zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 1_000_000
     with little_memory(), pytest.raises(ValueError, match="it is compressed"):
@@ -237,7 +237,7 @@ def test_a_checkpoint_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
 
 
 def test_a_checkpoint_whose_parts_lie_over_each_other_is_refused(tmp_path):
-    path = save_checkpoint(tmp_path, {"iteration": 1, "x": torch.zeros(1000), "y": torch.ones(1000)})
+    path = write_step(tmp_path, {"iteration": 1, "x": torch.zeros(1000), "y": torch.ones(1000)})
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as parts:
         first, second = (next(e for e in parts.infolist() if e.filename.endswith(f"data/{i}")) for i in (0, 1))

@@ -17,29 +17,29 @@ class Timm(nn.Module):
     where the pretrained weights are not to be had.
     """
 
-    def __init__(self, name: str, pretrained: bool = False, **options: Any) -> None:
+    def __init__(self, model_name: str, pretrained: bool = False, **options: Any) -> None:
         super().__init__()
         try:
             import timm
         except ImportError as error:
             raise ImportError(
-                f"Timm: backbone {name} needs the timm package, which is not installed: pip install timm"
+                f"Timm: backbone {model_name} needs the timm package, which is not installed: pip install timm"
             ) from error
-        if ":" not in name and not timm.is_model(name):  # hf-hub:... and local-dir:... are timm's to judge
-            nearest = get_close_matches(name, timm.list_models(), n=3)
+        if ":" not in model_name and not timm.is_model(model_name):  # hf-hub:... and local-dir:... are timm's to judge
+            nearest = get_close_matches(model_name, timm.list_models(), n=3)
             hint = f"Did you mean {' or '.join(nearest)}?" if nearest else "timm.list_models() lists the names."
-            raise ValueError(f"Timm: name must be a model of timm, got {name!r}. {hint}")
+            raise ValueError(f"Timm: model_name must be a model of timm, got {model_name!r}. {hint}")
         options = {"pretrained": pretrained, "num_classes": 0, **options}
         try:
             try:
-                self.network: Any = timm.create_model(name, **{"dynamic_img_size": True, **options})
+                self.network: Any = timm.create_model(model_name, **{"dynamic_img_size": True, **options})
             except TypeError:  # a convolutional network knows no such option
-                self.network = timm.create_model(name, **options)
+                self.network = timm.create_model(model_name, **options)
         except (OSError, RuntimeError) as error:  # no network, no such weights
             if not pretrained:
                 raise
             raise FileNotFoundError(
-                f"Timm: no pretrained weights of {name} are to be had ({' '.join(str(error).split())[:200]}). "
+                f"Timm: no pretrained weights of {model_name} are to be had ({' '.join(str(error).split())[:200]}). "
                 "Connect to a network once, or set backbone.pretrained=false."
             ) from error
         # The width of the features: some models (MobileNet-V3) have one more layer between the last map and them.

@@ -25,14 +25,14 @@ from omegaconf.errors import OmegaConfBaseException
 from dino.config.check import check, warnings_of
 from dino.config.composition import compose, composed, plain, quoted
 from dino.config.multirun import TRACEBACKS, described, of_a_sweep, one_line, one_of_a_sweep, say
-from dino.config.node import build
+from dino.config.node import build_node
 from dino.config.sweep import CONF, Sweep, check_runs, is_multirun, run_name, sweep_of
 from dino.distributed import PeerLost
 from dino.memory import OutOfMemory
 from dino.refused import Refused
 from dino.workers import WorkerLost
 
-__all__ = ["CONF", "Refused", "build", "command", "compose", "run_name", "sweep_of"]
+__all__ = ["CONF", "Refused", "build_node", "command", "compose", "run_name", "sweep_of"]
 
 
 def command(config_name: str) -> Callable[[Callable[[dict[str, Any], Path], Any]], Callable[[], None]]:

@@ -118,7 +118,7 @@ def misfits(path: str, node: Mapping[str, Any], late: Collection[str] = ()) -> I
             )
 
 
-def build(node: Any, **late: Any) -> Any:
+def build_node(node: Any, **late: Any) -> Any:
     """The object that `node` describes, by hydra.utils.instantiate; lists become tuples, ints floats as annotated.
 
     `late`: arguments known only to the run. With `_partial_: true` and no late ones: a functools.partial that waits for
@@ -128,11 +128,11 @@ def build(node: Any, **late: Any) -> Any:
     from hydra.utils import instantiate
 
     if not is_node(node):
-        return {key: build(value) for key, value in node.items()} if isinstance(node, dict) else node
+        return {key: build_node(value) for key, value in node.items()} if isinstance(node, dict) else node
     name = str(node["_target_"]).rpartition(".")[2]
     try:
         hints = annotations(locate(node["_target_"]))
-        nested = {key: build(value) for key, value in node.items() if is_node(value)}
+        nested = {key: build_node(value) for key, value in node.items() if is_node(value)}
         make = instantiate({**node, **dict.fromkeys(nested), "_partial_": True}, _convert_="all")
         given = {**make.keywords, **nested, **late}
         arguments = {key: fitted_or_left(value, hints.get(key, Any)) for key, value in given.items()}

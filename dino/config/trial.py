@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import re
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from dino.config.node import (
     Problems,
     annotations,
-    build,
+    build_node,
     fitted_or_left,
     is_node,
     locate,
@@ -143,10 +144,11 @@ def _attempt(
         return {k: v for k, v in given.items() if k != key}
 
     def make(arguments: Mapping[str, Any]) -> Any:
-        with within():
+        with within(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the part that is made to be used warns
             made = target(
                 **{
-                    k: fresh[k]() if k in fresh else build(fitted_or_left(v, hints.get(k, Any)))
+                    k: fresh[k]() if k in fresh else build_node(fitted_or_left(v, hints.get(k, Any)))
                     for k, v in arguments.items()
                 }
             )
