@@ -241,7 +241,9 @@ def test_a_pass_of_the_train_loader_is_an_epoch_and_the_next_one_another():
     epochs = [[(batch[0].clone(), labels) for batch, labels in loader] for _ in range(2)]
     assert [len(epoch) for epoch in epochs] == [24, 24]
     assert not torch.equal(epochs[0][0][0], epochs[1][0][0])
-    assert sorted(torch.cat([labels for _, labels in epochs[0]]).tolist()) == sorted(label for _, label in parts.train_set)
+    assert sorted(torch.cat([labels for _, labels in epochs[0]]).tolist()) == sorted(
+        label for _, label in parts.train_set
+    )
     loader.epoch = 1
     for (view, labels), (other, same) in zip(loader, epochs[1], strict=True):
         assert torch.equal(view[0], other) and torch.equal(labels, same)
