@@ -100,7 +100,7 @@ class Course:
 
 def contestants(course: Course, compiling: bool, workers: int) -> dict[str, Contestant]:
     images, ours = course.images, DINOTransform(LOCAL_VIEWS)
-    cut = [batch for batch, _ in Steps(images, ours, course.size).loader]
+    cut = [views for (views, _), _ in Steps(images, ours, course.size).loader]
     ways = {"": ours}
     if compiling:
         ways[COMPILED] = DINOTransform(LOCAL_VIEWS)

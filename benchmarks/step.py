@@ -178,23 +178,30 @@ def breakdown(overrides: Sequence[str], steps: int) -> tuple[dict[str, float], f
         some = ((step, iter(parts)) for step, parts in (read() for _ in range(number)))
         go_on(run, clip, some, accumulation=run.accumulation)
 
+    @contextlib.contextmanager
+    def watched() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for thing, name, part, then in (
+                (run.teacher, "forward", "teacher", "rest"),
+                (run.student, "forward", "student", "rest"),
+                (run.loss, "forward", "loss", "backward"),
+                (dino.train, "clip_gradients", "clipping", "rest"),
+                (run.optimizer, "step", "optimizer", "rest"),
+                (dino.train, "update_teacher_EMA", "EMA", "rest"),
+                (run.loss, "update_center", "center", "rest"),
+            ):
+                stack.enter_context(patch.object(thing, name, laps.of(part, getattr(thing, name), then)))
+            yield
+
     take(2)
-    without = seconds(lambda: take(steps), run.device) / steps
-    with contextlib.ExitStack() as watched:
-        for thing, name, part, then in (
-            (run.teacher, "forward", "teacher", "rest"),
-            (run.student, "forward", "student", "rest"),
-            (run.loss, "forward", "loss", "backward"),
-            (dino.train, "clip_gradients", "clipping", "rest"),
-            (run.optimizer, "step", "optimizer", "rest"),
-            (dino.train, "update_teacher_EMA", "EMA", "rest"),
-            (run.loss, "update_center", "center", "rest"),
-        ):
-            watched.enter_context(patch.object(thing, name, laps.of(part, getattr(thing, name), then)))
-        laps.start()
-        take(steps, laps.of("data: decode, crop, photometry", read))
-        laps.stop("rest")
-    return {part: spent / steps for part, spent in laps.parts.items()}, without
+    without = 0.0
+    for _ in range(steps):  # in turns, so that a busy neighbour slows both
+        without += seconds(lambda: take(1), run.device)
+        with watched():
+            laps.start()
+            take(1, laps.of("data: decode, crop, photometry", read))
+            laps.stop("rest")
+    return {part: spent / steps for part, spent in laps.parts.items()}, without / steps
 
 
 def print_table(rows: dict[str, tuple[Run, Step]], rounds: int, peaks: dict[str, float]) -> None:

@@ -45,7 +45,7 @@ def write_teacher(path, backbone=VIT, head=HEAD, preprocessing=PREPARED, weights
 def write_checkpoint(path, backbone=VIT, head=HEAD, augmentation=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     config = {"backbone": backbone, "head": head, "augmentation": augmentation or {}, "dataset": {"eval_size": 64}}
-    torch.save({"iteration": 1, "config": config, "teacher": {"backbone.x": torch.zeros(2)}}, path)
+    torch.save({"iteration": 1, "config": config, "teacher_state_dict": {"backbone.x": torch.zeros(2)}}, path)
 
 
 def config_of(dataset=TEXTURES, augmentation=None, logger=None):

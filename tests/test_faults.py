@@ -86,8 +86,8 @@ class OverflowInStep12(DinoLoss):
 
     calls = 0
 
-    def forward(self, student, teacher, teacher_temp=None):
-        value = super().forward(student, teacher, teacher_temp)
+    def forward(self, student, teacher, **of_step):
+        value = super().forward(student, teacher, **of_step)
         OverflowInStep12.calls += 1
         return Overflow.apply(value) if OverflowInStep12.calls == 12 else value
 
