@@ -118,9 +118,8 @@ def restore(
         i: {key: _as(value, parameters[i]) for key, value in of_one.items()} if i < len(parameters) else of_one
         for i, of_one in of_optimizer["state"].items()
     }
-    optimizer.load_state_dict(
-        {**of_optimizer, "state": moments}
-    )  # the first, since it looks before it changes anything
+    # The optimizer first: it compares its groups with the file's before it changes anything.
+    optimizer.load_state_dict({**of_optimizer, "state": moments})
     student.load_state_dict({name: sharded_as(of_student[name], p) for name, p in student.state_dict().items()})
     teacher.load_state_dict(of_teacher)
     loss.load_state_dict(of_loss)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 
 from dino.whole import whole
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas
 
 Level = Literal["iteration", "epoch"]
-Metrics = Mapping[str, float | int | str]  # by name; NumPy's and torch's scalars will do
+Metrics = Mapping[str, SupportsFloat | str]  # by name; NumPy's and torch's scalars are numbers too
 
 # The file is a head that only grows and a short tail that each save writes anew, one entry a line:
 #   {"iteration_metrics": [          head, up to the end of the last iteration's entry: `offset` bytes
