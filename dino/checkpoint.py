@@ -71,7 +71,7 @@ def load_checkpoint(
     try:
         state = read_checkpoint(Path(path))
     except Exception as error:  # zipfile and torch raise many kinds
-        raise ValueError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}).") from error
+        raise ValueError(f"{path} cannot be read as a checkpoint ({_first_line(error)}).") from error
     try:
         restore(state, student, teacher, optimizer, loss)
     except (KeyError, ValueError) as error:
@@ -223,7 +223,7 @@ def newest_checkpoint(directory: Path) -> dict[str, Any] | None:
         try:
             return read_checkpoint(path)
         except Exception as error:
-            log.warning("%s cannot be read (%s); trying the one before.", path, str(error).split("\n")[0])
+            log.warning("%s cannot be read (%s); trying the one before.", path, _first_line(error))
     if paths:
         raise Refused(
             f"none of the {len(paths)} checkpoints in {directory / FOLDER} can be read; restore one from a backup, "
@@ -305,6 +305,11 @@ def _as(value: Any, parameter: Tensor) -> Any:
     """What an optimizer keeps of `parameter`: its moments are sharded as it is, its count of steps is not."""
     same = isinstance(value, Tensor) and value.shape == parameter.shape
     return sharded_as(value, parameter) if same else value
+
+
+def _first_line(error: Exception) -> str:
+    """Of the message, which may be empty and then leaves the type alone to be told."""
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 def _first(names: Sequence[str]) -> str:

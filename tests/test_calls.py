@@ -173,6 +173,16 @@ def test_a_checkpoint_that_is_missing_or_none_is_refused_in_a_sentence(tmp_path)
         load_checkpoint(tmp_path / "a.pth", *stepped())
 
 
+def test_a_checkpoint_whose_error_has_no_words_is_refused_by_the_kind_of_it(tmp_path, monkeypatch):
+    def wordless(path):
+        raise EOFError
+
+    (tmp_path / "a.pth").touch()
+    monkeypatch.setattr("dino.checkpoint.read_checkpoint", wordless)
+    with pytest.raises(ValueError, match=r"a\.pth cannot be read as a checkpoint \(EOFError\)"):
+        load_checkpoint(tmp_path / "a.pth", *stepped())
+
+
 def test_what_could_not_be_read_back_without_code_is_not_saved(tmp_path):
     with pytest.raises(
         TypeError, match=r"checkpoint: config.root is a pathlib.*Path, expected a tensor or plain values"
