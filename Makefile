@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Downloads and archives, data workers, start-up and imports, typing and dataclasses, and a whole run.
-ON_PYTHON := dataset workers layout check config node train allowlist weights checkpoint
+ON_PYTHON := dataset loading/test_workers.py test_layout.py config test_train.py weights run/test_checkpoint.py
 
 .PHONY: train test test-all test-soak test-slurm test-python lint clean
 
 train: $(VENV)/ready          ## the default run; make train ARGS="dataset=imagenette backbone=dino_vits16"
 	$(BIN)/python -m dino.train $(ARGS)
 
-test: $(VENV)/ready           ## make test ARGS="tests/test_loss.py"
+test: $(VENV)/ready           ## make test ARGS="tests/loss/test_dino.py"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-all: $(VENV)/ready       ## with the slow ones: whole programs, several processes, sweeps
@@ -20,11 +20,11 @@ test-soak: $(VENV)/ready      ## twenty kills, 2,000 steps, the compiler, every 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -n auto --dist worksteal $(ARGS)
 
 test-slurm: $(VENV)/ready     ## what needs a SLURM cluster: launch/ on a real one
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/test_slurm.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/launch/test_slurm.py $(ARGS)
 
 test-python: $(VENV)/ready    ## what depends on the Python; make test-python PYTHON=python3.13 VENV=.venv-3.13
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm and not soak and not slow" -n auto --dist worksteal \
-	  $(addprefix tests/test_,$(addsuffix .py,$(ON_PYTHON))) $(ARGS)
+	  $(addprefix tests/,$(ON_PYTHON)) $(ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

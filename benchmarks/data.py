@@ -29,13 +29,14 @@ from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from benchmarks.reference import ReferenceImages, ReferenceTransform, photograph
-from dino import augmentation, crops, views
-from dino.augmentation import DINOTransform, collate_multi_crop
-from dino.batches import Steps
+from dino import augmentation
+from dino.augmentation import DINOTransform, collate_multi_crop, crops
 from dino.dataset import encoded
 from dino.dataset.cache import Cached
 from dino.dataset.files import ImageFiles
 from dino.dataset.folder import Folder
+from dino.loading import views
+from dino.loading.batches import Steps
 
 LOCAL_VIEWS = 8  # of 96 pixels, beside the two of 224
 REFERENCE = "reference: decode, crop, photometry, all in PIL"

@@ -1,8 +1,9 @@
 """How fast nearest neighbours are found: `python -m benchmarks.knn --bank 100000 --queries 5000 --dim 384`.
 
-Beside dino.neighbours stand the matrix product alone, which is the floor of any exact search, scikit-learn's brute
-force and faiss's IndexFlatIP (the anchors), each on as many queries as it says: a part of them where it is slow. All of
-them search the same made-up features for the same k = 200 neighbours. `--device cuda`: ours and the product on a GPU.
+Beside dino.evaluator.neighbours stand the matrix product alone, which is the floor of any exact search, scikit-learn's
+brute force and faiss's IndexFlatIP (the anchors), each on as many queries as it says: a part of them where it is
+slow. All of them search the same made-up features for the same k = 200 neighbours. `--device cuda`: ours and the
+product on a GPU.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dino.neighbours import BLOCK, OFFICIAL, WIDTH, knn_predictions, nearest
+from dino.evaluator.neighbours import BLOCK, OFFICIAL, WIDTH, knn_predictions, nearest
 
 K = max(OFFICIAL)
 Search = Callable[[Tensor], object]
@@ -63,7 +64,7 @@ def resident() -> int:
 
 
 def product(bank: Tensor) -> Search:
-    """In the blocks of dino.neighbours, each written over the one before."""
+    """In the blocks of dino.evaluator.neighbours, each written over the one before."""
 
     def run(queries: Tensor) -> None:
         width = min(WIDTH, len(bank))
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     part = min(chosen.part, len(queries))
     rows: dict[str, tuple[Search, Tensor, str]] = {
         "the matrix product alone": (product(there), asked, device),
-        f"dino.neighbours.nearest, k = {K}": (lambda of: nearest(there, of, K), asked, device),
+        f"dino.evaluator.neighbours.nearest, k = {K}": (lambda of: nearest(there, of, K), asked, device),
         f"the same and the votes of k = {', '.join(map(str, OFFICIAL))}": (
             lambda of: knn_predictions((there, known), of),
             asked,

@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dino.train
 from benchmarks.reference import ReferenceTraining
 from dino.config import CONF, compose
-from dino.device import DTYPES, describe, peak_memory
-from dino.run import Run, assemble
+from dino.run.run import Run, assemble
+from dino.runtime.device import DTYPES, describe, peak_memory
 from dino.train import train
 
 REFERENCE, OURS, COMPILED, BARE = "reference", "this", "this, compiled", "bare forward and backward passes"

@@ -30,22 +30,23 @@ import torch
 import yaml
 from torch import nn
 
-from dino.allowlist import allowed
-from dino.checkpoint import FOLDER, newest_checkpoint, read_checkpoint
 from dino.config import CONF, build_node, compose
 from dino.config.check import OWN, Rule
 from dino.config.machine import check_machine
 from dino.config.node import Problems, is_node, misfits
 from dino.dataset.cache import cached
-from dino.device import choose_device, choose_precision, default_workers, describe
-from dino.features import RawPixels
+from dino.evaluator.features import RawPixels
+from dino.evaluator.measures import Measures
+from dino.evaluator.unsupervised import preferred
 from dino.history import History
 from dino.logger import Loggers
-from dino.measures import Measures
-from dino.refused import Refused
-from dino.run_directory import CONFIG, lock, state_of
-from dino.unsupervised import preferred
+from dino.run.checkpoint import FOLDER, newest_checkpoint
+from dino.run.directory import CONFIG, lock, state_of
+from dino.runtime.device import choose_device, choose_precision, default_workers, describe
+from dino.runtime.refused import Refused
 from dino.weights import load_teacher
+from dino.weights.allowlist import allowed
+from dino.weights.checkpoint_file import read_checkpoint
 
 log = logging.getLogger("dino.evaluate")
 RESULTS = "evaluation.json"
@@ -78,7 +79,7 @@ KEYS: dict[str, Rule] = {
 class Subject:
     """What is measured. `run`: the directory of the run that it is the teacher of, None for another's weights.
 
-    The nodes are safe to build: typed in the command, or passed by dino.allowlist.
+    The nodes are safe to build: typed in the command, or passed by dino.weights.allowlist.
     """
 
     name: str

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from dino.whole import whole
+from dino.runtime.files import atomic_write
 
 FINISH = 300.0  # seconds to send the end of a run to W&B
 
@@ -111,11 +111,11 @@ class CSVLogger:
         if not self.path.is_file():
             return []
         text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last row short
-        return list(csv.DictReader(io.StringIO(whole)))
+        complete = text[: text.rfind("\n") + 1]  # a kill may have cut the last row short
+        return list(csv.DictReader(io.StringIO(complete)))
 
     def _rewrite(self, columns: list[str], rows: list[dict[str, Any]]) -> None:
-        with whole(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        with atomic_write(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             for row in rows:

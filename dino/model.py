@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dino.distributed import whole
 from dino.head import Factors
+from dino.runtime.sharding import full_tensor
 
 
 class DinoModel(nn.Module):
@@ -104,4 +104,4 @@ def update_teacher_EMA(student: nn.Module, teacher: nn.Module, alpha: float = 0.
         raise ValueError(f"update_teacher_EMA: alpha must be in [0, 1], got {alpha}. Check teacher.momentum.")
     # lerp, since teacher + w * (student - teacher) leaves equal weights exactly equal (the fixed norms of the last
     # layer), where alpha * teacher + (1 - alpha) * student would drift by rounding.
-    torch._foreach_lerp_(list(teacher.parameters()), [whole(p) for p in student.parameters()], 1.0 - alpha)
+    torch._foreach_lerp_(list(teacher.parameters()), [full_tensor(p) for p in student.parameters()], 1.0 - alpha)

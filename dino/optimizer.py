@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dino.distributed import own_share, whole
+from dino.runtime.sharding import full_tensor, local_shard
 
 
 def parameter_groups(student: nn.Module, last_layer: nn.Module) -> list[dict[str, Any]]:
@@ -32,10 +32,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float = math.in
     a tensor: nothing waits for the device.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack([whole(norm) for norm in torch._foreach_norm(grads)])
+    norms = torch.stack([full_tensor(norm) for norm in torch._foreach_norm(grads)])
     if max_norm < math.inf:
         factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)  # of all at once: a GPU takes as long for one as for all
-        torch._foreach_mul_([own_share(grad) for grad in grads], list(factors.unbind()))
+        torch._foreach_mul_([local_shard(grad) for grad in grads], list(factors.unbind()))
     norm: Tensor = norms.norm()
     return norm
 

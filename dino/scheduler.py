@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
-from dino.loss import check_temperature
+from dino.loss.dino import check_temperature
 
 
 def cosine(step: int, start: float, end: float, total_steps: int) -> float:

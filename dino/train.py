@@ -19,16 +19,17 @@ from torch.optim import Optimizer
 
 from dino.config import command
 from dino.config.node import build_node
-from dino.device import choose_device, peak_memory
-from dino.distributed import data_parallel, from_all, no_sync, place, processes, together
-from dino.loss import DinoLoss
+from dino.loss.dino import DinoLoss
 from dino.model import DinoModel, update_teacher_EMA
 from dino.optimizer import clip_gradients
-from dino.refused import Refused
+from dino.runtime.device import choose_device, peak_memory
+from dino.runtime.processes import all_gather_objects, barrier_refusals, place, processes
+from dino.runtime.refused import Refused
+from dino.runtime.sharding import data_parallel, no_sync
 from dino.scheduler import Schedule
 
 if TYPE_CHECKING:
-    from dino.journal import Journal, StopSignal
+    from dino.run.journal import Journal, StopSignal
 
 log = logging.getLogger("dino.train")  # not __name__: that is __main__ under `python -m`
 
@@ -78,26 +79,28 @@ def run(config: dict[str, Any], directory: Path) -> float:
 
     In each of the processes that torchrun or SLURM started; the first alone writes.
     """
-    from dino import memory
-    from dino.checkpoint import newest_checkpoint
-    from dino.journal import StopSignal
-    from dino.log_file import log_to
-    from dino.run_directory import check_claim, full_disk_in_a_sentence, lock
+    from dino.run.checkpoint import newest_checkpoint
+    from dino.run.directory import check_claim, full_disk_in_a_sentence, lock
+    from dino.run.journal import StopSignal
+    from dino.run.log_file import log_to
+    from dino.runtime import memory
 
     first = place().rank == 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(processes(choose_device(config["device"])))
-        with together():
+        with barrier_refusals():
             if first:
                 stack.enter_context(lock(directory))
                 check_claim(directory, config)
         stop = stack.enter_context(StopSignal())
         stack.enter_context(log_to(directory / "train.log", first))
         stack.enter_context(full_disk_in_a_sentence(directory))
-        stack.enter_context(memory.said("outside of the steps; a smaller backbone or dataset.cache=none takes less."))
-        with together():
+        stack.enter_context(
+            memory.oom_advice("outside of the steps; a smaller backbone or dataset.cache=none takes less.")
+        )
+        with barrier_refusals():
             state = newest_checkpoint(directory)
-        if len({*from_all(state and state["iteration"])}) > 1:
+        if len({*all_gather_objects(state and state["iteration"])}) > 1:
             raise Refused(f"{directory}: not every process sees the same checkpoint; put it on a disk that all share.")
         if state is not None and state["iteration"] >= state["total_steps"]:
             log.info("%s is finished; change a setting, or give another name=, to train anew", directory)
@@ -106,23 +109,24 @@ def run(config: dict[str, Any], directory: Path) -> float:
 
 
 def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None, stop: "StopSignal") -> float:
-    from dino import memory
-    from dino.broken import LIST
-    from dino.checkpoint import restore, set_rng_state
+    from dino.loading.broken import LIST
     from dino.logger import Loggers
-    from dino.run import assemble
-    from dino.run_directory import claim
+    from dino.run.checkpoint import restore
+    from dino.run.directory import claim
+    from dino.run.run import assemble
+    from dino.runtime import memory
+    from dino.runtime.rng import set_rng_state
 
     started = time.monotonic()
-    with together(), stop.at_once():
+    with barrier_refusals(), stop.at_once():
         run = assemble(config)
-    with together():
+    with barrier_refusals():
         _check_same(run, state, directory)
     first, start = run.rank == 0, 0 if state is None else state["iteration"]
     if first:
         claim(directory, config)  # not before: a config that can't be had leaves nothing behind
     log.info("%s\ndirectory  %s", run, directory)
-    with together():
+    with barrier_refusals():
         history = _history(run, config, directory, state)
     if state is not None:
         restore(state, run.student, run.teacher, run.optimizer, run.loss)
@@ -142,7 +146,7 @@ def _go_on(config: dict[str, Any], directory: Path, state: dict[str, Any] | None
         set_rng_state(state["rng"][run.rank])
     try:
         journal.end_interrupted_epoch()
-        with memory.said(_what_takes_it(run, config)):
+        with memory.oom_advice(_what_takes_it(run, config)):
             train(
                 student,
                 run.teacher,
@@ -182,10 +186,10 @@ def _journal(
     stop: "StopSignal",
 ) -> "Journal":
     """What is done between two steps, with all that it keeps."""
-    from dino.checkpoint import FOLDER
-    from dino.finite import Finite
-    from dino.journal import Journal
-    from dino.monitor import Monitor
+    from dino.run.checkpoint import FOLDER
+    from dino.run.finite import Finite
+    from dino.run.journal import Journal
+    from dino.run.monitor import Monitor
 
     start = 0 if state is None else state["iteration"]
     return Journal(
@@ -220,7 +224,7 @@ def _journal(
 
 def _what_takes_it(run: Any, config: dict[str, Any]) -> str:
     """Of the memory of a step: what takes it, and the settings with which the same step takes less."""
-    from dino.memory import smaller
+    from dino.runtime.memory import smaller_batch_overrides
 
     sizes = Counter(getattr(run.transform, "sizes", ()))
     views = " and ".join(f"{number} views of {size} pixels" for size, number in sizes.items())
@@ -228,7 +232,7 @@ def _what_takes_it(run: Any, config: dict[str, Any]) -> str:
     return (
         f"at training.batch_size={run.batch_size}, {views or f'{run.transform.ncrops} views'} an image, "
         f"{type(run.student.backbone).__name__} of {model:.1f} M parameters with its head, {run.precision}; "
-        + smaller(run.batch_size, run.accumulation, config["training"]["effective_batch"] is not None)
+        + smaller_batch_overrides(run.batch_size, run.accumulation, config["training"]["effective_batch"] is not None)
     )
 
 
@@ -239,7 +243,7 @@ def _named(images: Any, index: int) -> str:
 
 def _check_same(run: Any, state: dict[str, Any] | None, directory: Path) -> None:
     """Raises Refused where the processes, or this start of the run and the one before, do not train on the same."""
-    if any(images != run.images for images in from_all(run.images)):
+    if any(images != run.images for images in all_gather_objects(run.images)):
         raise Refused("not every process finds the same images; put them on a disk that all share, or copy them whole.")
     if state is not None and state["images"] != run.images:
         before, now = state["images"]["number"], run.images["number"]
@@ -286,13 +290,13 @@ def _history(run: Any, config: dict[str, Any], directory: Path, state: dict[str,
 
 def _evaluator(run: Any, history: Any) -> Callable[[], dict[str, float]]:
     """A function that measures the teacher and, when first called in a run's life, what the teacher must beat."""
-    from dino.memory import measured
+    from dino.runtime.memory import skip_when_out_of_memory
 
     def evaluate() -> dict[str, float]:
         if "baselines" not in history.metadata:
-            history.metadata["baselines"] = measured(run.baselines)
+            history.metadata["baselines"] = skip_when_out_of_memory(run.baselines)
             say()
-        return measured(run.evaluate)
+        return skip_when_out_of_memory(run.evaluate)
 
     def say() -> None:
         if found := history.metadata.get("baselines"):
@@ -306,17 +310,18 @@ def _checkpointer(
     run: Any, config: dict[str, Any], directory: Path, history: Any, loggers: Any, start: int
 ) -> Callable[[int, dict[str, Any], bool], None]:
     """A function that all processes call and the first writes in: (iteration, the journal's state, best so far?)."""
-    from dino.broken import write_list
-    from dino.checkpoint import check_read_back, rng_state, training_state, write_step
-    from dino.finite import check_finite
+    from dino.loading.broken import write_list
+    from dino.run.checkpoint import check_read_back, training_state, write_step
+    from dino.run.finite import check_finite
+    from dino.runtime.rng import rng_state
     from dino.weights import save_teacher
 
     images_by_class = _images_by_class(run.train_set)
 
     def checkpoint(iteration: int, journal: dict[str, Any], best: bool) -> None:
-        rng, state = from_all(rng_state()), training_state(run.student, run.teacher, run.optimizer, run.loss)
+        rng, state = all_gather_objects(rng_state()), training_state(run.student, run.teacher, run.optimizer, run.loss)
         check_finite(state, iteration)
-        run.broken.update(*from_all(sorted(run.broken)))
+        run.broken.update(*all_gather_objects(sorted(run.broken)))
         if run.rank:
             return
         write_list(directory, run.broken)
@@ -349,7 +354,7 @@ def _checkpointer(
 def _reporter(run: Any, config: dict[str, Any], directory: Path, history: Any) -> Callable[[], None]:
     """A function that writes the plots and report.html. Where it cannot, it says so, and training goes on."""
     from dino.config import CONF, compose
-    from dino.evaluator import KNN
+    from dino.evaluator.knn import KNN
     from dino.report import write_report
 
     def report() -> None:
@@ -387,7 +392,7 @@ def attempt(config: dict[str, Any], directory: Path) -> float:
 
     Whoever handled SIGUSR2 before us (submitit) is told only now, when the checkpoint is written: it requeues the job.
     """
-    from dino.journal import Interrupted
+    from dino.run.journal import Interrupted
 
     try:
         return run(config, Path(os.path.relpath(directory)))  # shorter to read, and the same place

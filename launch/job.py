@@ -14,8 +14,8 @@ import submitit
 from hydra.experimental.callback import Callback
 from submitit.core.utils import DelayedSubmission
 
-from dino.refused import Refused
-from dino.run_directory import state_of
+from dino.run.directory import state_of
+from dino.runtime.refused import Refused
 from launch.cluster import remarks, scontrol
 
 

@@ -28,8 +28,8 @@ from dino.config.check import check, warnings_of
 from dino.config.composition import composed, plain
 from dino.config.node import Misfit, described, did_you_mean, fitted
 from dino.config.sweep import Sweep, sweep_of
-from dino.refused import Refused, shown
-from dino.run_directory import check_claim, state_of
+from dino.run.directory import check_claim, state_of
+from dino.runtime.refused import Refused, shown
 from launch.cluster import remarks
 from launch.job import Job
 

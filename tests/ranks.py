@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing
 
-from dino.distributed import processes
+from dino.runtime.processes import processes
 
 
 def run_in_ranks(count, function, *arguments, timeout=120):

@@ -23,8 +23,9 @@ from dino import (
     save_checkpoint,
     update_teacher_EMA,
 )
-from dino.checkpoint import STATES, read_checkpoint
+from dino.run.checkpoint import STATES
 from dino.train import train
+from dino.weights.checkpoint_file import read_checkpoint
 
 SMALL = [
     "dataset.train.images=96",
@@ -178,7 +179,7 @@ def test_a_checkpoint_whose_error_has_no_words_is_refused_by_the_kind_of_it(tmp_
         raise EOFError
 
     (tmp_path / "a.pth").touch()
-    monkeypatch.setattr("dino.checkpoint.read_checkpoint", wordless)
+    monkeypatch.setattr("dino.run.checkpoint.read_checkpoint", wordless)
     with pytest.raises(ValueError, match=r"a\.pth cannot be read as a checkpoint \(EOFError\)"):
         load_checkpoint(tmp_path / "a.pth", *stepped())
 

@@ -6,12 +6,12 @@ import sys
 
 import pandas
 import pytest
-from test_run_directory import HOLD
+from test_directory import HOLD
 
 from dino.compare import compare, main
 from dino.history import History
-from dino.plot import draw_runs
-from dino.run_directory import claim
+from dino.history.plot import draw_runs
+from dino.run.directory import claim
 
 CONFIG = {
     "seed": 0,

@@ -19,10 +19,10 @@ from dino.augmentation import EvalTransform
 from dino.config import CONF, compose
 from dino.dataset.textures import Textures
 from dino.evaluate import RESULTS, evaluate, table
-from dino.features import features_of
+from dino.evaluator.features import features_of
+from dino.evaluator.measures import Probed
 from dino.history import History
-from dino.measures import Probed
-from dino.refused import Refused
+from dino.runtime.refused import Refused
 from dino.weights import load_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -136,7 +136,7 @@ def test_features_are_computed_once_for_the_same_weights_and_images(home, monkey
     before = evaluate(config_of(*wanted))
     files = {path: path.stat().st_mtime_ns for path in (home / "once" / "features").iterdir()}
     assert len(files) == 6  # of three networks
-    monkeypatch.setattr("dino.measures.features_of", None)
+    monkeypatch.setattr("dino.evaluator.measures.features_of", None)
     assert evaluate(config_of(*wanted, "ks=[3,5]"))["backbone"]["knn_3"] == before["backbone"]["knn_3"]
     assert {path: path.stat().st_mtime_ns for path in (home / "once" / "features").iterdir()} == files
     (entry,) = json.loads((home / "once" / RESULTS).read_text())
@@ -190,7 +190,7 @@ def test_the_probe_reads_the_last_cls_tokens_and_the_mean_patch(home):
     assert row.shape == (3, 3 * dim)
     for part, expected in zip(row.split(dim, dim=1), (before[:, 0], last[:, 0], last[:, 1:].mean(1))):
         assert torch.equal(part, expected)
-    from dino.features import Features
+    from dino.evaluator.features import Features
 
     assert torch.equal(Probed(backbone, 2).own(Features(row, torch.zeros(3))).rows, last[:, 0])
 

@@ -10,21 +10,21 @@ import time
 
 import pytest
 import torch
-from test_distributed import PLAIN, together_until_done
+from test_processes import PLAIN, together_until_done
 from test_train import ROOT, TINY, final
 
-from dino import workers
 from dino.augmentation import DINOTransform
 from dino.backbone.vit_tiny import ViTTiny
-from dino.batches import StepSampler
-from dino.checkpoint import STATES
 from dino.config import CONF, compose
 from dino.dataset.textures import Textures
-from dino.finite import NonFiniteLoss
-from dino.loss import DinoLoss
-from dino.memory import OutOfMemory
+from dino.loading import workers
+from dino.loading.batches import StepSampler
+from dino.loading.workers import WorkerLost
+from dino.loss.dino import DinoLoss
+from dino.run.checkpoint import STATES
+from dino.run.finite import NonFiniteLoss
+from dino.runtime.memory import OutOfMemory
 from dino.train import run
-from dino.workers import WorkerLost
 
 SHORT = [*TINY, "evaluator=none", "precision=fp32", "name=a"]  # 36 steps, 12 an epoch
 KNN = [override for override in SHORT if override != "evaluator=none"]
@@ -212,7 +212,7 @@ def test_out_of_memory_in_knn_is_a_warning_and_training_goes_on(tmp_path):
 
 LIMITED = """
 import resource, sys
-import torch, torchvision, matplotlib, dino.run, dino.journal, dino.train, dino.report
+import torch, torchvision, matplotlib, dino.run.run, dino.run.journal, dino.train, dino.report
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 1_200_000_000,) * 2)
 dino.train.main()

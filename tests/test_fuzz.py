@@ -26,8 +26,8 @@ from dino.config.check import check
 from dino.config.composition import compose, quoted
 from dino.head import DinoProjectionHead
 from dino.model import DinoModel
-from dino.refused import Refused
-from dino.run import assemble
+from dino.run.run import assemble
+from dino.runtime.refused import Refused
 from dino.train import run, train
 from dino.weights import save_teacher
 

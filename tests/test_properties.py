@@ -6,8 +6,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dino.batches import StepSampler
-from dino.loss import DinoLoss
+from dino.loading.batches import StepSampler
+from dino.loss.dino import DinoLoss
 from dino.scheduler import Schedule, cosine, cosine_warmup, linear
 
 # ---- the loss -------------------------------------------------------------------------------------------------------

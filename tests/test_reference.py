@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from benchmarks.reference import ReferenceTransform, photograph
 from dino.augmentation import DINOTransform, collate_multi_crop
-from dino.photometry import blur, brighten_, contrast_, saturate_, shift_hue_, solarize_
+from dino.augmentation.photometry import blur, brighten_, contrast_, saturate_, shift_hue_, solarize_
 
 DATA = Path(os.environ.get("DINO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # views stay in [0, 1]

@@ -20,14 +20,14 @@ import torch
 from test_train import ROOT, TINY, assert_same_run, assert_same_state, final, program
 from test_weights import CONFIG, teacher
 
-import dino.evaluator
+import dino.evaluator.knn
 import dino.report
-from dino.checkpoint import STATES, newest_checkpoint, write_step
 from dino.config import CONF, compose
 from dino.history import History
-from dino.journal import Interrupted
 from dino.logger import CSVLogger
-from dino.run_directory import DiskFull, claim, lock
+from dino.run.checkpoint import STATES, newest_checkpoint, write_step
+from dino.run.directory import DiskFull, claim, lock
+from dino.run.journal import Interrupted
 from dino.train import run
 from dino.weights import save_teacher
 
@@ -89,7 +89,7 @@ def files_in(directory):
 
 KILLED_WHILE_SAVING = """
 import os, runpy, signal, sys
-from dino.journal import Journal
+from dino.run.journal import Journal
 
 files, lines = sys.argv.pop(1), int(sys.argv.pop(1))
 save = Journal._save
@@ -129,7 +129,7 @@ def test_a_run_killed_twenty_times_while_saving_too_ends_bit_identical(tmp_path)
         arguments, before = ["-m", "dino.train"], newest()
         if while_saving := kill % 2 == 1:
             ours = [
-                "dino/journal.py,dino/checkpoint.py,dino/weights.py,dino/whole.py,dino/history.py",
+                "dino/run/journal.py,dino/run/checkpoint.py,dino/weights/__init__.py,dino/runtime/files.py,dino/history/__init__.py",
                 str(random.randint(1, 150)),
             ]
             torchs = ["torch/serialization.py", str(random.randint(1, 3000))]
@@ -219,7 +219,7 @@ def test_a_run_stopped_in_an_evaluation_resumes_with_it_and_ends_bit_identical(
 ):
     config = compose([*TINY, "training.max_steps=24"], "train", CONF)  # two epochs
     run(config, tmp_path / "unbroken")
-    features_of, calls = dino.evaluator.features_of, itertools.count()
+    features_of, calls = dino.evaluator.knn.features_of, itertools.count()
 
     def stopped(*arguments):
         if next(calls) == measured_before:
@@ -227,7 +227,7 @@ def test_a_run_stopped_in_an_evaluation_resumes_with_it_and_ends_bit_identical(
         return features_of(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dino.evaluator, "features_of", stopped)
+        patch.setattr(dino.evaluator.knn, "features_of", stopped)
         with pytest.raises(Interrupted):
             run(config, tmp_path / "a")
     assert final(tmp_path / "a")["iteration"] == 12
@@ -425,7 +425,7 @@ def test_a_directory_that_cannot_be_written_to_is_one_sentence_before_any_work(d
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="no setpriv")
 def test_a_directory_of_another_user_is_one_sentence(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from dino.run_directory import lock; lock(Path(sys.argv[1])).__enter__()"
+        "import sys; from pathlib import Path; from dino.run.directory import lock; lock(Path(sys.argv[1])).__enter__()"
     )
     with subprocess.Popen([*AS_NOBODY, sys.executable, "-c", "pass"]) as possible:
         pass
@@ -501,7 +501,7 @@ SOAK = """
 import json, os, sys
 from pathlib import Path
 from dino.config import CONF, compose
-from dino.journal import Journal
+from dino.run.journal import Journal
 from dino.train import run
 
 def now():

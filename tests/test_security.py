@@ -63,7 +63,7 @@ def test_nothing_that_is_read_is_executed(path):
 
 
 # What imports a module of a name that is not written there: names from a command, from conf/ and from the list.
-IMPORTS_BY_NAME = {"dino/__init__.py", "dino/allowlist.py", "dino/config/node.py"}
+IMPORTS_BY_NAME = {"dino/__init__.py", "dino/weights/allowlist.py", "dino/config/node.py"}
 
 
 def test_a_module_is_imported_by_name_in_few_places():

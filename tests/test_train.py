@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino import DinoLoss, DinoModel, DinoProjectionHead, DINOTransform, Schedule, Steps, make_teacher, parameter_groups
 from dino.backbone.vit import ViT
-from dino.checkpoint import STATES
 from dino.config import CONF, compose
 from dino.dataset.textures import Textures
 from dino.history import History
-from dino.run import assemble
+from dino.run.checkpoint import STATES
+from dino.run.run import assemble
 from dino.train import run, train
 
 aten = torch.ops.aten

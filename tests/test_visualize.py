@@ -15,8 +15,8 @@ from dino.backbone.vit import ViT
 from dino.backbone.vit_tiny import ViTTiny
 from dino.head import DinoProjectionHead
 from dino.model import DinoModel
-from dino.pictures import images_in, overlay, painted, row_of
-from dino.refused import Refused
+from dino.report.pictures import images_in, overlay, painted, row_of
+from dino.runtime.refused import Refused
 from dino.visualize import (
     attention_maps,
     grid_of,

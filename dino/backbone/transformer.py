@@ -130,11 +130,11 @@ class Block(nn.Module):
         return stream.index_add(0, rest, added, alpha=scale)
 
     def _widen(self, hidden: Tensor) -> Tensor:
-        wide = without_inner(lambda of: self.mlp[0](self.norm2(of)), hidden)
-        return without_inner(lambda of: self.mlp[2](self.mlp[1](of)), wide)
+        wide = recompute_inner(lambda of: self.mlp[0](self.norm2(of)), hidden)
+        return recompute_inner(lambda of: self.mlp[2](self.mlp[1](of)), wide)
 
     def _attend(self, hidden: Tensor, cls_only: bool) -> Tensor:
-        qkv, two_products = self._qkv(hidden), faster_written_out(hidden)
+        qkv, two_products = self._qkv(hidden), explicit_attention_is_faster(hidden)
         query, key, value = qkv.contiguous() if two_products else qkv  # else each product copies what it takes
         if cls_only:
             query = query[:, :, :1]
@@ -144,11 +144,11 @@ class Block(nn.Module):
 
     def _qkv(self, hidden: Tensor) -> Float[Tensor, "3 batch heads tokens dim"]:
         """Queries, keys and values."""
-        qkv = without_inner(lambda of: self.qkv(self.norm1(of)), hidden)
+        qkv = recompute_inner(lambda of: self.qkv(self.norm1(of)), hidden)
         return qkv.view(*hidden.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
 
 
-def without_inner(product_of: Callable[[Tensor], Tensor], of: Tensor) -> Tensor:
+def recompute_inner(product_of: Callable[[Tensor], Tensor], of: Tensor) -> Tensor:
     """`product_of(of)`, a norm or a GELU and then a product, without what lies between kept for the backward pass.
 
     It is computed again there, and no product is: torch stops as soon as it has what was not kept. It takes a third off
@@ -161,7 +161,7 @@ def without_inner(product_of: Callable[[Tensor], Tensor], of: Tensor) -> Tensor:
     return out
 
 
-def faster_written_out(hidden: Tensor) -> bool:
+def explicit_attention_is_faster(hidden: Tensor) -> bool:
     """Whether attention between these tokens takes less time as two products and a softmax than fused."""
     least = FUSED_FROM_IN_HALF if half_on_cpu(hidden) and torch.is_grad_enabled() else FUSED_FROM
     return hidden.device.type == "cpu" and hidden.shape[1] < least

@@ -27,10 +27,10 @@ from dino.config.composition import compose, composed, plain, quoted
 from dino.config.multirun import TRACEBACKS, described, of_a_sweep, one_line, one_of_a_sweep, say
 from dino.config.node import build_node
 from dino.config.sweep import CONF, Sweep, check_runs, is_multirun, run_name, sweep_of
-from dino.distributed import PeerLost
-from dino.memory import OutOfMemory
-from dino.refused import Refused
-from dino.workers import WorkerLost
+from dino.loading.workers import WorkerLost
+from dino.runtime.memory import OutOfMemory
+from dino.runtime.processes import PeerLost
+from dino.runtime.refused import Refused
 
 __all__ = ["CONF", "Refused", "build_node", "command", "compose", "run_name", "sweep_of"]
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from dino.config.node import did_you_mean, ended
-from dino.refused import Refused, shown
+from dino.runtime.refused import Refused, shown
 
 # Hydra has plain ValueErrors and TypeErrors too, for an override of a wrong kind (backbone=1).
 FAILURES = (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, AttributeError)

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dino.config.node import Problems, value_at
-from dino.distributed import place
-from dino.refused import Refused, shown
-from dino.whole import exists
+from dino.config.node import Problems
+from dino.runtime.files import path_exists
+from dino.runtime.nested import value_at
+from dino.runtime.processes import place
+from dino.runtime.refused import Refused, shown
 
 
 def check_machine(config: Mapping[str, Any], problems: Problems, parameters: int) -> None:
     """Adds what can't run here. `parameters`: of backbone and head."""
-    from dino.device import usable_cores
+    from dino.runtime.device import usable_cores
 
     device = _device(config, problems)
     if device == "cpu" and value_at(config, "precision") == "fp16":
@@ -33,7 +34,7 @@ def check_machine(config: Mapping[str, Any], problems: Problems, parameters: int
             "compile", "compile=true: torch.compile needs a C++ compiler, and none is installed; use compile=false"
         )
     start = value_at(config, "init_from")
-    if "init_from" not in problems and start is not None and not exists(start):
+    if "init_from" not in problems and start is not None and not path_exists(start):
         problems.add("init_from", f"init_from={shown(start)}: there is no such run directory or file")
     _check_root(config, problems)
     _check_memory(config, problems, parameters)
@@ -41,7 +42,7 @@ def check_machine(config: Mapping[str, Any], problems: Problems, parameters: int
 
 def _device(config: Mapping[str, Any], problems: Problems) -> str:
     """The kind of device that the run would take."""
-    from dino.device import choose_device
+    from dino.runtime.device import choose_device
 
     kind, _, index = str(value_at(config, "device")).partition(":")
     if "device" in problems:
@@ -66,7 +67,7 @@ def _check_root(config: Mapping[str, Any], problems: Problems) -> None:
         problems.add(
             "dataset.root", f"dataset.root={shown(root)}: expected the folder of the images; give dataset.root=<folder>"
         )
-    elif not exists(root) and (Path(root).is_absolute() or not fetches or "\0" in root or len(root) > 4096):
+    elif not path_exists(root) and (Path(root).is_absolute() or not fetches or "\0" in root or len(root) > 4096):
         problems.add(
             "dataset.root", f"dataset.root={shown(root)}: there is no such folder; give the one that holds the images"
         )

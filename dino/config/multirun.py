@@ -20,7 +20,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from dino.config.sweep import IN_WORKERS, Sweep
-from dino.refused import Refused
+from dino.runtime.refused import Refused
 
 DIED = ".died"  # a line for each run that died
 STOPPED = ".stopped"  # the exit status that a signal asks for; no further run starts
@@ -117,7 +117,7 @@ def of_a_sweep(sweep: Sweep) -> Iterator[None]:
 def _signals_passed_on(sweep: Sweep, stopped: Path) -> Iterator[None]:
     """A signal to this process stops the runs in its workers, which save and end, and then this process.
 
-    While a run is in this process itself, dino.journal.StopSignal has the signals.
+    While a run is in this process itself, dino.run.journal.StopSignal has the signals.
     """
 
     def pass_on(signum: int, _: FrameType | None) -> None:
@@ -139,7 +139,7 @@ def _signals_passed_on(sweep: Sweep, stopped: Path) -> Iterator[None]:
 
 
 def _show_table(sweep: Sweep) -> None:
-    from dino.compare import compare
+    from dino.run.comparison import compare
 
     try:
         print(compare([sweep.directory]), flush=True)
@@ -165,6 +165,6 @@ def _shared(name: str) -> Path:
 
 
 def _is_first() -> bool:
-    from dino.distributed import place
+    from dino.runtime.processes import place
 
     return place().rank == 0

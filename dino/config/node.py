@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from dino.refused import Refused, shown
+from dino.runtime.refused import Refused, shown
 
 
 class Misfit(TypeError):
@@ -286,10 +286,3 @@ class Problems(dict[str, str]):
 
     def within(self, path: str) -> bool:
         return any(key == path or key.startswith(path + ".") for key in self)
-
-
-def value_at(config: Any, path: str) -> Any:
-    """The value at a dotted key, None where there is none."""
-    for part in path.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None
-    return config

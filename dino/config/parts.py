@@ -14,13 +14,14 @@ from torch import nn
 from dino.config.check import check, warnings_of
 from dino.config.composition import compose as compose_in
 from dino.config.composition import composed, plain
-from dino.config.node import build_node, misfits, value_at
+from dino.config.node import build_node, misfits
 from dino.config.sweep import CONF
-from dino.refused import Refused
+from dino.runtime.nested import value_at
+from dino.runtime.refused import Refused
 
 if TYPE_CHECKING:
     from dino.dataset.cache import Images
-    from dino.run import Run
+    from dino.run.run import Run
 
 
 def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def build(config: dict[str, Any]) -> "Run":
     view order, and [batch]. Seeds Python's, NumPy's and torch's generators with the config's seed.
     Raises ValueError with all that is wrong with the config, a sentence each.
     """
-    from dino.run import assemble
+    from dino.run.run import assemble
 
     if problems := check(config):
         raise Refused(*problems)

@@ -24,9 +24,9 @@ from omegaconf import OmegaConf
 from dino.config.check import check
 from dino.config.composition import composed, plain, quoted
 from dino.config.node import locate
-from dino.refused import Refused
-from dino.run_directory import CONFIG, SWEEP, changes_no_result
-from dino.whole import whole
+from dino.run.directory import CONFIG, SWEEP, changes_no_result
+from dino.runtime.files import atomic_write
+from dino.runtime.refused import Refused
 
 INSIDE = Path(__file__).resolve().parents[1] / "conf"
 CONF = INSIDE if INSIDE.is_dir() else INSIDE.parent.parent / "conf"  # in a wheel, in a checkout
@@ -82,7 +82,7 @@ class Sweep:
             runs = {}
         runs |= {directory.name: overrides for overrides, directory in self.runs}
         self.directory.mkdir(parents=True, exist_ok=True)
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps({"runs": runs}, ensure_ascii=False) + "\n")
 
 

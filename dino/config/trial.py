@@ -9,22 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dino.config.node import (
-    Problems,
-    annotations,
-    build_node,
-    fitted_or_left,
-    is_node,
-    locate,
-    sentence,
-    value_at,
-)
-from dino.distributed import place
-from dino.refused import shown
-from dino.weightless import needs_weights, weightless
+from dino.config.node import Problems, annotations, build_node, fitted_or_left, is_node, locate, sentence
+from dino.runtime.nested import value_at
+from dino.runtime.processes import place
+from dino.runtime.refused import shown
+from dino.weights.weightless import needs_weights, weightless
 
 # Arguments that the run gives to a part, with the key that each comes from and a value to try where that key is wrong.
-LATE: dict[str, dict[str, tuple[str, Any]]] = {
+GIVEN_BY_THE_RUN: dict[str, dict[str, tuple[str, Any]]] = {
     "head": {"input_dim": ("backbone", 8)},
     "loss": {"ncrops": ("augmentation.num_local_views", 8), "n_global_crops": ("augmentation", 2)},
     "optimizer": {"params": ("optimizer", None)},
@@ -60,7 +52,11 @@ def try_parts(config: Mapping[str, Any], problems: Problems) -> int:
     crops = {name: getattr(augmentation, name, None) for name in ("ncrops", "n_global_crops")}
     _attempt("loss", config, problems, crops, within=weightless)
     _attempt("optimizer", config, problems, after=lambda made: made.step(), fresh={"params": _dummy_parameters})
-    late = {name: value_at(config, path) for name, (path, _) in LATE["scheduler"].items() if path not in problems}
+    late = {
+        name: value_at(config, path)
+        for name, (path, _) in GIVEN_BY_THE_RUN["scheduler"].items()
+        if path not in problems
+    }
     if late.get("effective_batch") is None and not problems.within("training"):
         training = config["training"]
         late["effective_batch"] = training["batch_size"] * training["gradient_accumulation_steps"] * place().world_size
@@ -123,7 +119,7 @@ def _attempt(
         return None
     target = locate(node["_target_"])
     name = str(node["_target_"]).rpartition(".")[2]
-    takes, hints, sources = inspect.signature(target).parameters, annotations(target), LATE.get(path, {})
+    takes, hints, sources = inspect.signature(target).parameters, annotations(target), GIVEN_BY_THE_RUN.get(path, {})
     origin = {key: f"{path}.{key}" for key in node if key not in ("_target_", "_partial_")}
     origin |= {key: source for key, (source, _) in sources.items()}
     given = {key: node[key] for key in origin if key in node and key not in sources and key not in drop}

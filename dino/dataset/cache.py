@@ -16,8 +16,8 @@ from torchvision.transforms.v2.functional import get_size, pil_to_tensor, resize
 from tqdm import tqdm
 
 from dino.dataset.encoded import BrokenImage
-from dino.device import free_memory
-from dino.refused import Refused
+from dino.runtime.device import free_memory
+from dino.runtime.refused import Refused
 
 log = logging.getLogger(__name__)
 Where = Literal["none", "ram", "device"]

@@ -1,0 +1,102 @@
+"""Nearest neighbours in the space of frozen features: what a backbone has learned, without training anything on it."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from dino.augmentation import EvalTransform
+from dino.evaluator.features import UNREAD, Features, RawPixels, batches, calibrate, features_of
+from dino.evaluator.neighbours import knn_predictions
+from dino.runtime.memory import oom_advice_on_all_ranks
+from dino.runtime.processes import all_gather_rows, place, rank_indices
+
+log = logging.getLogger(__name__)
+
+
+class Measured(NamedTuple):
+    """Of whole data sets, in their order: `predicted` are the labels that k-NN gives to `queries`."""
+
+    bank: Features
+    queries: Features
+    predicted: Int[Tensor, " images"]
+
+
+class KNN:
+    """Weighted k-NN on a backbone's features (Wu et al. 2018; DINO, Sec. 3.2): cosine, weights exp(similarity / T)."""
+
+    def __init__(self, size: int, k: int = 20, temperature: float = 0.07, batch_size: int = 256) -> None:
+        for name, value in (("size", size), ("k", k), ("temperature", temperature), ("batch_size", batch_size)):
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}.")
+        self.k, self.temperature, self.batch_size = k, temperature, batch_size
+        self.transform = EvalTransform(size)
+        self.last: Measured | None = None  # what the last call saw, in the first process, for whoever shows it
+
+    def __call__(
+        self,
+        backbone: nn.Module,
+        train: Any,
+        val: Any,
+        device: torch.device | str = "cpu",
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        num_workers: int = 0,
+        broken: set[str] | None = None,
+    ) -> dict[str, float]:
+        """{"knn": accuracy in [0, 1] of `val` by its neighbours in `train`}. The backbone is used in eval mode.
+
+        Images that cannot be read are left out, with a sentence each in the log and in `broken`.
+        """
+        if train.classes is None or val.classes is None:
+            return {}
+        rest = (self.transform, device, autocast, self.batch_size, num_workers, broken)
+        advice = f"in k-NN; an evaluator.batch_size below {self.batch_size} takes less"
+        with oom_advice_on_all_ranks(advice):
+            mine, share = (features_of(backbone, Subset(data, rank_indices(len(data))), *rest) for data in (train, val))
+        bank = Features(*(all_gather_rows(part, len(train)) for part in mine))
+        with oom_advice_on_all_ranks(advice):
+            predicted = knn_predictions(bank.read(), share.rows, [self.k], self.temperature)[self.k]
+        queries, predicted = (
+            Features(*(all_gather_rows(part, len(val)) for part in share)),
+            all_gather_rows(predicted, len(val)),
+        )
+        self.last = Measured(bank, queries, predicted) if place().rank == 0 else None
+        read = queries.labels != UNREAD
+        hits = (predicted == queries.labels) & read
+        return {"knn": hits.sum().item() / max(1, read.sum().item())}
+
+    def baselines(
+        self,
+        backbone: nn.Module,
+        train: Any,
+        val: Any,
+        device: torch.device | str = "cpu",
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        num_workers: int = 0,
+        broken: set[str] | None = None,
+    ) -> dict[str, float]:
+        """What must be beaten: k-NN on raw pixels, and on the untrained `backbone` with calibrated batch norms."""
+        if train.classes is None or val.classes is None:
+            return {}
+        log.info("measuring raw pixels and the untrained backbone, %d images each", len(train) + len(val))
+        rest = (train, val, device, autocast, num_workers, broken)
+        images = (views for views, *_ in batches(train, self.transform, self.batch_size, num_workers, shuffle=True))
+        calibrated = calibrate(backbone, (self.transform.normalise(batch.to(device)) for batch in images), autocast)
+        found = {"raw_pixels": self(RawPixels(), *rest)["knn"], "untrained": self(calibrated, *rest)["knn"]}
+        self.last = None
+        return found
+
+
+class NoEvaluator:
+    """Measures nothing: for data without labels, or a user in a hurry."""
+
+    def __call__(self, *_: Any, **__: Any) -> dict[str, float]:
+        return {}
+
+    def baselines(self, *_: Any, **__: Any) -> dict[str, float]:
+        return {}

@@ -1,0 +1,176 @@
+"""What can be measured of a frozen network on the train and val images of one data set, each by its name."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dino.augmentation import DINOTransform, EvalTransform, collate_multi_crop, image_tensor
+from dino.evaluator import probe, unsupervised
+from dino.evaluator.features import Features, RawPixels, batches, calibrate, features_of, frozen, kept
+from dino.evaluator.finetune import finetune
+from dino.evaluator.neighbours import knn_accuracies
+from dino.loading.broken import first_readable
+from dino.runtime.device import autocast_for
+from dino.runtime.refused import Refused
+
+MOST_PAIRS = 2000  # images of which two views are compared: the share is then known to about 2 %
+
+
+class Probed(nn.Module):
+    """What the linear probe reads: of a ViT the CLS tokens of the last blocks and the mean of the last patches (as the
+    authors' eval_linear), of any other backbone its features."""
+
+    def __init__(self, backbone: Any, layers: int) -> None:
+        super().__init__()
+        self.backbone, self.layers = backbone, layers
+        self.of_vit = hasattr(backbone, "last_tokens")
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        if not self.of_vit:
+            features: Tensor = self.backbone(images)
+            return features
+        of_layers = self.backbone.last_tokens(images, self.layers)
+        return torch.cat([*(tokens[:, 0] for tokens in of_layers), of_layers[-1][:, 1:].mean(dim=1)], dim=1)
+
+    def own(self, probed: Features) -> Features:
+        """The features of the backbone itself, which stand among those that the probe reads."""
+        width = int(self.backbone.output_dim)
+        return Features(probed.rows[:, -2 * width : -width], probed.labels) if self.of_vit else probed
+
+
+@dataclass
+class Measures:
+    """`data`: "train" and "val". `kept_in`: the folder of the features, computed once for each network.
+
+    `augmentation`: makes the two views that are compared; its global views should be of `transform`'s size.
+    """
+
+    data: dict[str, Any]
+    transform: EvalTransform
+    augmentation: DINOTransform
+    kept_in: Path
+    device: torch.device
+    precision: str
+    batch_size: int = 256
+    num_workers: int = 0
+    seed: int = 0
+    ks: Sequence[int] = (10, 20, 100, 200)
+    temperature: float = 0.07
+    layers: int = 4
+    few_shot: Sequence[float] = (0.01, 0.1)
+    probe_epochs: int = 100
+    finetune_epochs: int = 20
+    broken: set[str] = field(default_factory=set)
+
+    @property
+    def labelled(self) -> bool:
+        return all(data.classes is not None for data in self.data.values())
+
+    def of(self, name: str, backbone: nn.Module, wanted: Sequence[str]) -> dict[str, float]:
+        """Each of `wanted` (knn, linear, logistic, few_shot, finetune, unsupervised) that these images allow."""
+        wanted = [measure for measure in wanted if self.labelled or measure == "unsupervised"]
+        network, found = Probed(backbone.to(self.device), self.layers), dict[str, float]()
+        wide = {split: self.features(name, network, split) for split in self.data}
+        train, val = network.own(wide["train"]), network.own(wide["val"])
+        if "knn" in wanted:
+            queries = (val.rows.to(self.device), val.labels)
+            found |= knn_accuracies(train, queries, self.ks, self.temperature)
+        if "linear" in wanted:
+            found |= probe.linear_probe(
+                wide["train"],
+                wide["val"],
+                len(self.data["train"].classes),
+                epochs=self.probe_epochs,
+                seed=self.seed,
+                device=self.device,
+            )
+        if "logistic" in wanted:
+            found |= probe.logistic_regression(train, val, seed=self.seed)
+        for share in self.few_shot if "few_shot" in wanted else ():
+            found |= probe.few_shot(train, val, share, seed=self.seed)
+        if "finetune" in wanted and not isinstance(backbone, RawPixels):
+            found |= finetune(
+                backbone,
+                self.data["train"],
+                self.data["val"],
+                transform=self.transform,
+                epochs=self.finetune_epochs,
+                device=self.device,
+                autocast=autocast_for(self.device, self.precision),
+                num_workers=self.num_workers,
+                seed=self.seed,
+                broken=self.broken,
+                bar=f"{name}, fine-tuning",
+            )
+        if "unsupervised" in wanted:
+            found |= {"rankme": unsupervised.rankme(train.rows), "alpha": unsupervised.alpha_req(train.rows)}
+            views = self.two_views(backbone)
+            found |= unsupervised.view_consistency(*views, k=min(20, len(views[0]) - 1), seed=self.seed)
+        return found
+
+    def features(self, name: str, network: Probed, split: str) -> Features:
+        """Without the images that cannot be read. Raises Refused where none can."""
+        data, transform = self.data[split], self.transform
+
+        def make() -> Features:
+            found = features_of(
+                network,
+                data,
+                transform,
+                self.device,
+                autocast_for(self.device, self.precision),
+                self.batch_size,
+                self.num_workers,
+                self.broken,
+                bar=f"{name}, {split}",
+            )
+            return Features(found.rows.cpu(), found.labels.cpu())
+
+        depends_on = {
+            "images": [split, type(data).__name__, len(data), fingerprint_of(data)],
+            "transform": [transform.size, transform.mean, transform.std],
+            "network": [str(network), network.layers, self.precision],
+        }
+        found = kept(self.kept_in, depends_on, network, make).read()
+        if not len(found.labels):
+            raise Refused(f"none of the {len(data)} {split} images can be read; give others.")
+        return found
+
+    def untrained(self, backbone: nn.Module) -> nn.Module:
+        """`backbone`, which has learned nothing, with batch norms that know the images."""
+        shuffled = batches(self.data["train"], self.transform, self.batch_size, shuffle=True)
+        images = (self.transform.normalise(batch.to(self.device)) for batch, *_ in shuffled)
+        return calibrate(backbone.to(self.device), images, autocast_for(self.device, self.precision))
+
+    def two_views(self, backbone: nn.Module) -> tuple[Float[Tensor, "images dim"], Float[Tensor, "images dim"]]:
+        """Features of two global views, as in training, of up to MOST_PAIRS val images."""
+        data = self.data["val"]
+        some = range(0, len(data), -(-len(data) // MOST_PAIRS))
+        features: list[list[Tensor]] = [[], []]
+        for start in range(0, len(some), self.batch_size):
+            crops = []
+            for index in some[start : start + self.batch_size]:
+                (image, label), _ = first_readable(data.__getitem__, index, len(data))
+                crops.append((self.augmentation.crop(image, np.random.default_rng([self.seed, index])), label))
+            views = [view.to(self.device) for view in collate_multi_crop(crops)[0]]
+            augmented = self.augmentation.augment(views, [self.seed], start)
+            for of_view, view in zip(features, augmented[: self.augmentation.n_global_crops], strict=True):
+                with frozen(backbone), autocast_for(self.device, self.precision)():
+                    of_view.append(backbone(view).float().cpu())
+        return torch.cat(features[0]), torch.cat(features[1])
+
+
+def fingerprint_of(data: Any) -> str:
+    """What tells these images from others: their names, where they have any, and the first and the last of them."""
+    digest = hashlib.sha256(str(getattr(data, "fingerprint", None)).encode())
+    for index in (0, len(data) - 1):
+        (image, label), _ = first_readable(data.__getitem__, index, len(data))
+        digest.update(f"{label} ".encode() + image_tensor(image).cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,179 @@
+"""From the samples of a dataset to uint8 views on the device that trains: which half of it a data worker does.
+
+Four ways, of the same three methods: `load` and `collate` run in a worker, `views` where the model trains. `views`
+returns the labels beside them, [batch] on the CPU: -1 where there is none.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, Shaped
+from numpy import ndarray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dino.augmentation import DINOTransform, collate_multi_crop, image_tensor
+from dino.augmentation.crops import cut_together
+from dino.dataset.cache import Cached
+from dino.dataset.encoded import EncodedImages, plain_jpeg, quiet
+from dino.loading.broken import first_readable, note
+
+GEOMETRY = 2  # its stream of random numbers: see dino/loading/batches.py
+Views = list[Shaped[Tensor, "batch 3 _ _"]]  # uint8, but for a transform of one's own
+Boxes = Int[ndarray, "batch views 5"]
+Labels = Int[Tensor, " batch"]
+# Indices, labels, all that is stored, its shapes, boxes.
+Handed = tuple[tuple[int, ...], Labels, Tensor, list[tuple[int, ...]], Boxes]
+
+
+class WorkerCrops:
+    """Workers decode and crop. The least to hand over where images are large, and the quickest on a CPU."""
+
+    def __init__(self, dataset: Any, transform: DINOTransform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def load(self, index: int, rng: np.random.Generator) -> tuple[list[Tensor], int]:
+        image, label = self.dataset[index]
+        return self.transform.crop(image, rng), label
+
+    def collate(self, loaded: Sequence[tuple[list[Tensor], int]]) -> tuple[Views, Labels]:
+        return collate_multi_crop(loaded)
+
+    def views(self, batch: tuple[Views, Labels], device: torch.device) -> tuple[Views, Labels]:
+        views, labels = batch
+        return [view.to(device, non_blocking=True) for view in views], labels
+
+
+class DeviceCrops:
+    """Workers decode and draw the boxes; the device crops. They hand over whole images, as they are."""
+
+    def __init__(self, dataset: Any, transform: DINOTransform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def load(self, index: int, rng: np.random.Generator) -> tuple[int, int, Tensor, ndarray]:
+        image, label = self.dataset[index]
+        image = image_tensor(image)
+        return index, label, image.permute(1, 2, 0), self.transform.boxes(image.shape[1], image.shape[2], rng)
+
+    def collate(self, loaded: Sequence[tuple[int, int, Tensor, ndarray]]) -> Handed:
+        indices, labels, stored, boxes = zip(*loaded, strict=True)
+        # One tensor for all: each tensor that a worker hands over costs a file descriptor, and each copy a launch.
+        whole = torch.cat([one.flatten() for one in stored])
+        return indices, torch.tensor(labels), whole, [tuple(one.shape) for one in stored], np.stack(boxes)
+
+    def views(self, batch: Handed, device: torch.device) -> tuple[Views, Labels]:
+        _, labels, whole, shapes, boxes = batch
+        pieces = split(whole.to(device, non_blocking=True), shapes)
+        return cut_together([piece.permute(2, 0, 1) for piece in pieces], boxes, self.transform.sizes), labels
+
+
+class DeviceDecodes(DeviceCrops):
+    """Workers read and draw the boxes; the device decodes (by nvJPEG, where it is CUDA) and crops.
+
+    What is no JPEG, or one to be turned, a worker decodes. A JPEG that turns out to be broken on the device gives its
+    place to the next image, with a sentence in `broken`.
+    """
+
+    def __init__(self, dataset: EncodedImages, transform: DINOTransform, broken: set[str]) -> None:
+        super().__init__(dataset, transform)
+        self.broken = broken
+
+    def load(self, index: int, rng: np.random.Generator) -> tuple[int, int, Tensor, ndarray]:
+        data = self.dataset.encoded(index)
+        if (shape := plain_jpeg(data)) is None:
+            return super().load(index, rng)
+        stored = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return index, int(self.dataset.labels[index]), stored, self.transform.boxes(*shape, rng)
+
+    def views(self, batch: Handed, device: torch.device) -> tuple[Views, Labels]:
+        indices, labels, whole, shapes, boxes = batch
+        stored = split(whole, shapes)  # on the CPU: from there nvJPEG reads
+        jpegs = [i for i, shape in enumerate(shapes) if len(shape) == 1]
+        images = [one if one.ndim == 1 else one.permute(2, 0, 1).to(device, non_blocking=True) for one in stored]
+        try:
+            from torchvision.io import ImageReadMode, decode_jpeg
+
+            with quiet():
+                decoded = decode_jpeg([stored[i] for i in jpegs], ImageReadMode.RGB, device=device) if jpegs else []
+        except RuntimeError:  # of one of them, and it does not say which
+            decoded = [self._one(i, indices[i], labels, boxes).to(device) for i in jpegs]
+        for i, image in zip(jpegs, decoded, strict=True):
+            images[i] = image
+        return cut_together(images, boxes, self.transform.sizes), labels
+
+    def _one(self, place: int, index: int, labels: Tensor, boxes: Boxes) -> Tensor:
+        """Decoded as a worker does it; label and boxes change where another image takes the place of a broken one."""
+        image: Tensor
+        (image, labels[place]), broken = first_readable(self.dataset.__getitem__, index, len(self.dataset))
+        if broken:
+            boxes[place] = self.transform.boxes(image.shape[1], image.shape[2], np.random.default_rng(index))
+            note(broken, self.broken)
+        return image
+
+
+class CachedCrops:
+    """The device holds the images and crops them; workers draw the boxes."""
+
+    def __init__(self, dataset: Cached, transform: DINOTransform) -> None:
+        self.shapes, self.broken, self.image = dataset.shapes, dataset.broken, dataset.__getitem__
+        self.transform = transform
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"image": None}  # workers need no way to the device
+
+    def load(self, index: int, rng: np.random.Generator) -> tuple[int, ndarray]:
+        if index in self.broken:
+            raise self.broken[index]
+        height, width = self.shapes[index].tolist()
+        return index, self.transform.boxes(height, width, rng)
+
+    def collate(self, loaded: Sequence[tuple[int, ndarray]]) -> tuple[tuple[int, ...], Boxes]:
+        indices, boxes = zip(*loaded, strict=True)
+        return indices, np.stack(boxes)
+
+    def views(self, batch: tuple[tuple[int, ...], Boxes], device: torch.device) -> tuple[Views, Labels]:
+        images, labels = zip(*map(self.image, batch[0]), strict=True)
+        return cut_together(images, batch[1], self.transform.sizes), torch.tensor(labels)
+
+
+Crops = WorkerCrops | DeviceCrops | DeviceDecodes | CachedCrops
+
+
+def crops_of(dataset: Any, transform: DINOTransform, device_does: str, broken: set[str]) -> Crops:
+    """`device_does`: "photometry", "crops" too, or "decode" as well, as far as `dataset` lets it: what is on a GPU
+    already is cropped there, and what is decoded already is not decoded again."""
+    if isinstance(dataset, Cached) and dataset.device.type != "cpu":
+        return CachedCrops(dataset, transform)
+    if device_does == "photometry":
+        return WorkerCrops(dataset, transform)
+    if device_does == "decode" and isinstance(dataset, EncodedImages):
+        return DeviceDecodes(dataset, transform, broken)
+    return DeviceCrops(dataset, transform)
+
+
+def split(whole: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    pieces = torch.split(whole, [math.prod(shape) for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+class Samples(Dataset[Any]):
+    """`samples[(epoch, index)] -> (what `crops` loaded, a sentence of each image passed over as broken)`.
+
+    What is drawn depends on (seed, epoch, index) alone: the same for any number of workers, and on resume.
+    """
+
+    def __init__(self, crops: Crops, seed: int, images: int) -> None:
+        self.crops, self.seed, self.images = crops, seed, images
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, list[str]]:
+        def load(index: int) -> Any:
+            return self.crops.load(index, np.random.default_rng([self.seed, GEOMETRY, *key]))
+
+        return first_readable(load, key[1], self.images)
+
+    def collate(self, samples: Sequence[tuple[Any, list[str]]]) -> tuple[Any, list[str]]:
+        loaded, broken = zip(*samples, strict=True)
+        return self.crops.collate(loaded), [sentence for sentences in broken for sentence in sentences]

@@ -1,0 +1,5 @@
+"""Losses, one per file."""
+
+from dino.loss.dino import DinoLoss
+
+__all__ = ["DinoLoss"]

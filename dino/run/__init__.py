@@ -1,0 +1,1 @@
+"""One configuration that trains in one directory."""

@@ -1,0 +1,141 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from dino.augmentation import crops
+from dino.augmentation.crops import crop_box, cut, cut_together, filter_weights
+
+
+def ks_distance(a, b):
+    at = np.sort(np.concatenate([a, b]))
+    return np.abs(
+        np.searchsorted(np.sort(a), at, "right") / len(a) - np.searchsorted(np.sort(b), at, "right") / len(b)
+    ).max()
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(60, 100), (64, 64), (30, 300)], ids=["wide", "square", "often the fallback"]
+)
+@pytest.mark.parametrize("scale", [(0.05, 0.4), (0.4, 1.0)])
+def test_crop_boxes_are_distributed_as_torchvisions(height, width, scale):
+    draws = 3000
+    rng = np.random.default_rng(0)
+    ours = np.array([crop_box(height, width, scale, rng) for _ in range(draws)], dtype=float)
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(draws)], dtype=float
+    )
+    limit = 1.95 * math.sqrt(2 / draws)  # Kolmogorov-Smirnov, p = 0.001
+    for name, of in {
+        "top": lambda box: box[:, 0],
+        "left": lambda box: box[:, 1],
+        "area": lambda box: box[:, 2] * box[:, 3],
+        "ratio": lambda box: box[:, 3] / box[:, 2],
+        "right": lambda box: box[:, 1] + box[:, 3],
+    }.items():
+        assert ks_distance(of(ours), of(theirs)) < limit, name
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 50), (50, 1), (2, 90), (300, 20)])
+def test_where_no_draw_fits_the_box_is_torchvisions_central_one(height, width):
+    fallback = RandomResizedCrop.get_params(torch.empty(3, height, width), [1.0, 1.0], [3 / 4, 4 / 3])
+    assert crop_box(height, width, (1.0, 1.0), np.random.default_rng(0)) == tuple(fallback)
+
+
+# --- on the device ----------------------------------------------------------------------------------------------------
+
+
+def photo(height, width, seed=0):
+    """Bright and dark areas with sharp edges and noise: where bicubic weights overshoot, and 8 bits end."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.choice([0, 40, 128, 215, 255], size=(height // 8 + 1, width // 8 + 1, 3))
+    pixels = coarse.repeat(8, 0).repeat(8, 1)[:height, :width] + rng.normal(0, 12, (height, width, 3))
+    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).permute(2, 0, 1)
+
+
+SIZES = [48, 48, 20, 20, 20]
+
+
+def batch(count=12, seed=0):
+    rng = np.random.default_rng(seed)
+    images = [photo(int(h), int(w), i) for i, (h, w) in enumerate(rng.integers(9, 150, (count, 2)))]
+    boxes = [
+        [
+            (*crop_box(*image.shape[1:], (0.4, 1.0) if size == 48 else (0.05, 0.4), rng), rng.random() < 0.5)
+            for size in SIZES
+        ]
+        for image in images
+    ]
+    return images, np.array(boxes)
+
+
+def by_pil(image, top, left, height, width, mirrored, size):
+    """Columns first, then rows, each rounded to 8 bits: two resizes of PIL, one a direction."""
+    crop = Image.fromarray(image.permute(1, 2, 0).numpy()).crop((left, top, left + width, top + height))
+    narrow = crop.resize((size, height), Image.Resampling.BICUBIC)
+    view = torch.from_numpy(np.array(narrow.resize((size, size), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    return view.flip(2) if mirrored else view
+
+
+def test_a_batch_cut_on_the_device_is_pils_resized_crops_within_one_grey_level():
+    images, boxes = batch()
+    for number, view in enumerate(cut_together(images, boxes, SIZES)):
+        assert view.shape == (12, 3, SIZES[number], SIZES[number]) and view.dtype == torch.uint8
+        expected = torch.stack(
+            [by_pil(image, *box, SIZES[number]) for image, box in zip(images, boxes[:, number].tolist())]
+        )
+        off = (view.int() - expected.int()).abs()
+        assert off.max() <= 1 and (off > 0).float().mean() < 0.01
+
+
+def test_half_precision_as_on_a_gpu_holds_the_grey_levels(monkeypatch):
+    images, boxes = batch()
+    exact = cut_together(images, boxes, SIZES)
+    in_float32 = crops._padded
+    monkeypatch.setattr(crops, "_padded", lambda images: in_float32(images).half())
+    for view, expected in zip(cut_together(images, boxes, SIZES), exact):
+        off = (view.int() - expected.int()).abs()
+        assert off.max() <= 2 and (off > 1).float().mean() < 1e-3 and (off > 0).float().mean() < 0.1
+
+
+def test_the_worker_and_the_device_cut_the_same_views():
+    images, boxes = batch()
+    one_by_one = [torch.stack(views) for views in zip(*map(lambda i, b: cut(i, b, SIZES), images, boxes))]
+    for view, expected in zip(cut_together(images, boxes, SIZES), one_by_one):
+        off = (view.int() - expected.int()).abs()  # torchvision's weights are of 16 bits, and rounded twice
+        assert off.max() <= 2 and (off > 1).float().mean() < 1e-3 and (off > 0).float().mean() < 0.05
+
+
+def test_images_of_any_size_are_cut_in_chunks_and_come_back_in_their_order(monkeypatch):
+    images, boxes = batch()
+    together = cut_together(images, boxes, SIZES)
+    monkeypatch.setattr(crops, "CHUNK", 100 * 100)  # the largest images are chunks of their own
+    chunks = list(crops._of_similar_size(images))
+    assert len(chunks) > 3 and sorted(sum(chunks, [])) == list(range(12))
+    for view, expected in zip(cut_together(images, boxes, SIZES), together):
+        assert torch.equal(view, expected)
+
+
+def test_each_pixel_of_a_crop_is_a_weighted_mean_of_the_crop_alone():
+    start, length = torch.tensor([3, 0, 90]), torch.tensor([7, 100, 1])
+    weights = filter_weights(start, length, torch.tensor([0, 1, 0]), size=16, extent=100)
+    torch.testing.assert_close(weights.sum(2), torch.ones(3, 16))
+    for crop, (first, count) in enumerate(zip(start.tolist(), length.tolist())):
+        outside = torch.ones(100, dtype=torch.bool)
+        outside[first : first + count] = False
+        assert not weights[crop][:, outside].any()
+    assert weights[1, 0].argmax() > 90 and weights[1, -1].argmax() < 10  # mirrored
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_device_cuts_what_the_cpu_cuts():
+    images, boxes = batch()
+    on_cuda = cut_together([image.cuda() for image in images], boxes, SIZES)
+    for view, expected in zip(on_cuda, cut_together(images, boxes, SIZES)):
+        assert (view.cpu().int() - expected.int()).abs().max() <= 1

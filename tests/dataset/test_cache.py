@@ -1,0 +1,95 @@
+"""Data sets in memory."""
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dino.augmentation import DINOTransform
+from dino.dataset import cache
+from dino.dataset.cache import BLOCK, Cached, cached, estimated_bytes
+from dino.dataset.encoded import BrokenImage
+from dino.dataset.folder import Folder
+from dino.dataset.textures import Textures
+from dino.loading.batches import Steps
+from dino.runtime.refused import Refused
+
+CPU = torch.device("cpu")
+
+
+def folder(path, images=40):
+    rng = np.random.default_rng(0)
+    for i in range(images):
+        target = path / "ab"[i % 2] / f"{i:03}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*rng.integers(20, 60, 2), 3), dtype=np.uint8)).save(target)
+    return {split: Folder(path, split) for split in ("train", "val")}
+
+
+def test_an_epoch_from_memory_needs_no_file_any_more(tmp_path):
+    datasets = folder(tmp_path / "images")
+    transform = DINOTransform(num_local_views=1, global_size=16, local_size=8)
+    from_files = [[v.clone() for v in next(parts)] for _, parts in Steps(datasets["train"], transform, 4)]
+    in_memory = cached(datasets, "ram", None, CPU)
+    shutil.rmtree(tmp_path / "images")
+    from_memory = [[v.clone() for v in next(parts)] for _, parts in Steps(in_memory["train"], transform, 4)]
+    assert len(from_memory) == 9
+    for views, expected in zip(from_memory, from_files):
+        assert all(torch.equal(a, b) for a, b in zip(views, expected))
+    assert in_memory["train"].fingerprint == datasets["train"].fingerprint
+
+
+def test_pixels_lie_channels_last_which_resizes_in_half_the_time(tmp_path):
+    for image, _ in (Cached(folder(tmp_path)["train"])[3], Cached(Textures("val", size=16, images=10))[3]):
+        assert image.permute(1, 2, 0).is_contiguous()
+
+
+def test_more_images_than_a_block_are_found_again(monkeypatch):
+    textures = Textures("val", size=8, images=40)
+    monkeypatch.setattr(cache, "BLOCK", 16)
+    whole = Cached(textures)
+    assert [len(block) for block in whole.blocks] == [16 * 192, 16 * 192, 8 * 192]
+    assert all(torch.equal(whole[i][0], textures[i][0]) and whole[i][1] == textures[i][1] for i in (*range(40), -1))
+    assert BLOCK == 1024
+
+
+def test_the_estimate_is_what_the_cache_takes(tmp_path):
+    datasets = folder(tmp_path)
+    for dataset in datasets.values():  # all of them are looked at, for they are few
+        for side in (None, 24):
+            taken = sum(block.numel() for block in Cached(dataset, side).blocks)
+            assert estimated_bytes(dataset, side) == pytest.approx(taken, rel=0.03)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_decoded(monkeypatch):
+    datasets = {"train": Textures("train", size=32, images=2000), "val": Textures("val", size=32, images=500)}
+    monkeypatch.setattr(cache, "free_memory", lambda device: 10_000_000)
+    assert cached(datasets, "none", None, CPU) is datasets
+    cached(datasets, "ram", None, CPU)
+    monkeypatch.setattr(cache, "Cached", None)  # nothing is made
+    with pytest.raises(Refused) as refused:
+        cached(datasets, "ram", None, CPU, processes=2)
+    assert refused.value.problems == (
+        "dataset.cache=ram: 2,500 images as they are take about 7.7 MB in each of 2 processes, and 10.0 MB are free; "
+        "lower dataset.cache_side, or use dataset.cache=none.",
+    )
+
+
+def test_it_says_what_it_does(caplog):
+    with caplog.at_level(logging.INFO):
+        cached({"train": Textures("train", size=100, images=1000)}, "ram", 50, CPU)
+    assert [record.getMessage() for record in caplog.records] == ["decoding 1,000 images into memory, about 7.5 MB"]
+
+
+def test_a_broken_image_is_broken_in_memory_too(tmp_path):
+    dataset = folder(tmp_path)["train"]
+    (tmp_path / "a" / "004.png").write_bytes(b"no image")
+    whole = Cached(dataset, 24)
+    broken = [i for i in range(len(dataset)) if i in whole.broken]
+    assert len(broken) == 1
+    for _ in range(2):
+        with pytest.raises(BrokenImage, match=r"004\.png"):
+            whole[broken[0]]

@@ -1,0 +1,146 @@
+import gc
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from dino.augmentation import DINOTransform, EvalTransform
+from dino.evaluator.features import features_of
+from dino.loading import workers
+from dino.loading.batches import Steps
+from dino.loading.workers import WorkerLost
+
+TRANSFORM = DINOTransform(num_local_views=1, global_size=16, local_size=8)
+
+
+@pytest.fixture(autouse=True)
+def no_worker_of_another_test():
+    yield
+    gc.collect()  # a traceback holds the loader, and so its workers
+    assert multiprocessing.active_children() == []
+
+
+class Gray:
+    """Gray images; `misbehave(index)` first."""
+
+    classes = None
+
+    def __init__(self, misbehave=lambda index: None):
+        self.misbehave = misbehave
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        self.misbehave(index)
+        return torch.full((3, 20, 24), 128, dtype=torch.uint8), index
+
+
+def torch_handler():
+    """torch sets its handler once in a process: another test may have taken it away."""
+    from torch.utils.data._utils import signal_handling
+
+    before = signal.getsignal(signal.SIGCHLD)
+    signal_handling._SIGCHLD_handler_set = False
+    signal_handling._set_SIGCHLD_handler()
+    handler = signal.signal(signal.SIGCHLD, before)
+    assert handler.__module__ == signal_handling.__name__
+    return handler
+
+
+def steps(images, count=2):
+    return Steps(images, TRANSFORM, batch_size=4, num_workers=count, end=16)
+
+
+def sleep_for_ever_at(index):
+    def misbehave(asked):
+        while asked == index:
+            time.sleep(1)
+
+    return misbehave
+
+
+def die_at(index):
+    def misbehave(asked):
+        if asked == index:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return misbehave
+
+
+def test_a_worker_that_is_killed_is_named_with_its_signal():
+    with pytest.raises(WorkerLost, match=r"a data worker \(pid \d+\) was killed by SIGKILL.*training.num_workers"):
+        for _, parts in steps(Gray(die_at(17))):
+            list(parts)
+    with pytest.raises(WorkerLost, match=r"a data worker \(pid \d+\) ended with status 3;"):
+        for _, parts in steps(Gray(lambda index: os._exit(3) if index == 17 else None)):
+            list(parts)
+
+
+def test_a_dying_worker_interrupts_nothing_that_the_process_does_meanwhile():
+    batches = iter(steps(Gray()))
+    list(next(batches)[1])
+    before = time.monotonic()
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    while time.monotonic() - before < 0.5:
+        sum(range(1000))  # torch's handler would raise here
+    with pytest.raises(WorkerLost):
+        for _, parts in batches:
+            list(parts)
+
+
+def test_neither_does_it_where_a_loader_of_torchs_own_was_used_before():
+    handler = signal.signal(signal.SIGCHLD, torch_handler())
+    try:
+        test_a_dying_worker_interrupts_nothing_that_the_process_does_meanwhile()
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def test_a_worker_that_hangs_is_named_and_killed_after_the_patience(monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 1.0)
+    started = time.monotonic()
+    with pytest.raises(
+        WorkerLost, match=r"the data workers \(pids [\d, ]+\) have handed over nothing for 1 s: the disk"
+    ):
+        for _, parts in steps(Gray(sleep_for_ever_at(17)), count=1):
+            list(parts)
+    assert time.monotonic() - started < 20
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_a_worker_that_no_signal_but_kill_reaches_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 6.0)  # a start on a busy machine takes two
+    for stopped in (0, 1):
+        batches = iter(steps(Gray()))
+        list(next(batches)[1])
+        pid = sorted(child.pid for child in multiprocessing.active_children())[stopped]
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(WorkerLost, match=rf"the data workers \(pids [\d, ]*{pid}[\d, ]*\)"):
+            for _, parts in batches:
+                list(parts)
+        assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_a_worker_of_the_evaluation_is_not_waited_for_either(monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 6.0)  # a start on a busy machine takes two
+    images = Gray(sleep_for_ever_at(40))
+    with pytest.raises(WorkerLost, match="have handed over nothing for 6 s"):
+        features_of(torch.nn.Flatten(), images, EvalTransform(8), batch_size=16, num_workers=1)
+    with pytest.raises(WorkerLost, match="was killed by SIGKILL"):
+        features_of(torch.nn.Flatten(), Gray(die_at(40)), EvalTransform(8), batch_size=16, num_workers=1)
+
+
+def test_what_a_worker_raises_is_nobody_elses():
+    def broken(index):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug") as raised:
+        for _, parts in steps(Gray(broken), count=1):
+            list(parts)
+    assert not isinstance(raised.value, WorkerLost)
