@@ -106,7 +106,7 @@ def train(processes: int, steps: int, folder: str) -> tuple[float, float, int]:
         state = torch.load(
             max(Path(folder, "outputs", f"of_{length}", "checkpoints").glob("step_*.pt")), weights_only=True
         )
-        seconds.append(state["journal"]["training_seconds"])
+        seconds.append(state["after_step"]["recorder"]["training_seconds"])
         done.append(state["iteration"])
         batch, student = state["effective_batch"], state["student_state_dict"]
     fixed = ("original0", "running_", "num_batches")  # the last layer's norms, and buffers

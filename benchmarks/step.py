@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dino.train
 from benchmarks.reference import ReferenceTraining
 from dino.config import CONF, compose
-from dino.run.run import Run, assemble
+from dino.loading.micro_batch import MicroBatch
+from dino.run.parts import Parts, assemble
 from dino.runtime.device import DTYPES, describe, peak_memory
 from dino.train import train
 
@@ -37,7 +38,7 @@ CONTESTANTS = (REFERENCE, OURS, COMPILED, BARE)
 Step = Callable[[int, list[Tensor]], float]  # (number, views) -> loss
 
 
-def contestant(name: str, overrides: Sequence[str]) -> tuple[Run, Step]:
+def contestant(name: str, overrides: Sequence[str]) -> tuple[Parts, Step]:
     """One of CONTESTANTS with the weights that a run of these overrides begins with; also "reference, fp32"."""
     config = compose([*overrides, "evaluator=none"], "train", CONF)
     run = assemble(config)
@@ -46,7 +47,7 @@ def contestant(name: str, overrides: Sequence[str]) -> tuple[Run, Step]:
         precision = name.partition(", ")[2] or run.precision
         amp = None if precision == "fp32" else DTYPES[precision]
         reference = ReferenceTraining(run.student, run.transform.ncrops, clip, amp)
-        run.student = run.teacher = run.optimizer = None  # type: ignore[assignment]
+        run.learner.student = run.learner.parallel = run.learner.teacher = run.learner.optimizer = None  # type: ignore[assignment]
 
         def step(number: int, views: list[Tensor]) -> float:
             now = run.schedule(number)
@@ -61,30 +62,15 @@ def contestant(name: str, overrides: Sequence[str]) -> tuple[Run, Step]:
 
     def ours(number: int, views: list[Tensor]) -> float:
         losses: list[Tensor] = []
-        go_on(run, clip, [(number, iter([views]))], after_step=lambda step, now, loss, *_: losses.append(loss))
+        train(run.learner, [(number, [MicroBatch(views)])], lambda step: losses.append(step.loss))
         return losses[0].item()
 
     return run, ours
 
 
-def go_on(run: Run, clip: float, steps: Iterable[tuple[int, Iterator[list[Tensor]]]], **more: Any) -> None:
-    train(
-        run.student,
-        run.teacher,
-        run.loss,
-        steps,
-        run.optimizer,
-        run.schedule,
-        max_norm=clip,
-        autocast=run.autocast,
-        scaler=run.scaler,
-        **more,
-    )
-
-
-def bare(run: Run, views: list[Tensor]) -> float:
+def bare(run: Parts, views: list[Tensor]) -> float:
     """The passes that a step cannot do without: the teacher's, the student's and its way back."""
-    with run.autocast():
+    with run.learner.autocast():
         with torch.no_grad():
             run.teacher(views[: run.loss.n_global_crops])
         outputs = run.student(views)
@@ -93,12 +79,10 @@ def bare(run: Run, views: list[Tensor]) -> float:
     return 0.0
 
 
-def views_of(run: Run) -> list[Tensor]:
+def views_of(run: Parts) -> list[Tensor]:
     """Noise in the shapes of a batch."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(run.batch_size, 3, size, size, generator=generator).to(run.device) for size in run.transform.sizes
-    ]
+    generator, batch = torch.Generator().manual_seed(0), run.data.batching.batch_size
+    return [torch.randn(batch, 3, size, size, generator=generator).to(run.device) for size in run.transform.sizes]
 
 
 def seconds(step: Callable[[], Any], device: torch.device) -> float:
@@ -168,15 +152,14 @@ def breakdown(overrides: Sequence[str], steps: int) -> tuple[dict[str, float], f
     config = compose([*overrides, "evaluator=none"], "train", CONF)
     run = assemble(config)
     laps, batches = Laps(run.device), iter(run.steps(0))
-    clip = config["training"]["gradient_clip"] or math.inf
 
-    def read() -> tuple[int, list[list[Tensor]]]:
+    def read() -> tuple[int, list[MicroBatch]]:
         step, parts = next(batches)
         return step, list(parts)
 
     def take(number: int, read: Callable[[], Any] = read) -> None:
         some = ((step, iter(parts)) for step, parts in (read() for _ in range(number)))
-        go_on(run, clip, some, accumulation=run.accumulation)
+        train(run.learner, some)
 
     @contextlib.contextmanager
     def watched() -> Iterator[None]:
@@ -204,7 +187,7 @@ def breakdown(overrides: Sequence[str], steps: int) -> tuple[dict[str, float], f
     return {part: spent / steps for part, spent in laps.parts.items()}, without / steps
 
 
-def print_table(rows: dict[str, tuple[Run, Step]], rounds: int, peaks: dict[str, float]) -> None:
+def print_table(rows: dict[str, tuple[Parts, Step]], rounds: int, peaks: dict[str, float]) -> None:
     first = next(iter(rows.values()))[0]
     views, times = views_of(first), defaultdict[str, list[float]](list)
     for name, (run, step) in rows.items():
@@ -226,7 +209,7 @@ def print_table(rows: dict[str, tuple[Run, Step]], rounds: int, peaks: dict[str,
         cells = [
             f"{1e3 * median:.0f}",
             f"{1e3 * min(times[name]):.0f}",
-            f"{first.batch_size / median:.1f}",
+            f"{first.data.batching.batch_size / median:.1f}",
             f"{ratio:.2f}",
         ]
         cells += [f"{peaks[name]:.2f}" if name in peaks else ""]
@@ -251,7 +234,7 @@ def curves(overrides: Sequence[str], steps: int, path: Path) -> None:
     run, ours = contestant(OURS, overrides)
     losses: list[tuple[float, float]] = []
     for number, parts in run.steps(0):
-        views = next(parts)
+        views = next(parts).views
         losses.append((reference(number, views), ours(number, views)))
         if len(losses) == steps:
             break
@@ -297,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"{found.group(1) if found else 'unknown CPU'}; {describe(run.device)}; torch {torch.__version__}; "
         f"{run.precision}; {type(run.student.backbone).__name__}, {run.loss.out_dim:,} prototypes, batch "
-        f"{run.batch_size}, views of {views} pixels; {chosen.rounds} rounds\n"
+        f"{run.data.batching.batch_size}, views of {views} pixels; {chosen.rounds} rounds\n"
     )
     peaks = {} if chosen.no_peaks else {name: peak(name, chosen.overrides, chosen.threads) for name in names}
     print_table(rows, chosen.rounds, peaks)

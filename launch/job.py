@@ -66,7 +66,7 @@ class Care(Callback):  # type: ignore[misc]
 def requeue_with_care(directory: Path) -> None:
     """Puts conditions before submitit's handler of SIGUSR2, which requeues the job.
 
-    At a time limit and before a pre-emption `dino.train.attempt` hands the signal on to it, once the checkpoint is
+    At a time limit and before a pre-emption `dino.run.session` hands the signal on to it, once the checkpoint is
     written. But SLURM sends the same SIGTERM for scancel, and a requeue brings a cancelled job back to life.
     """
     job, start = submitit.JobEnvironment(), state_of(directory).step

@@ -280,18 +280,7 @@ def by_hand(overrides, factored):
 
 def by_train(overrides):
     parts, losses = dino.build(dino.compose(overrides)), []
-    train(
-        parts.student,
-        parts.teacher,
-        parts.loss,
-        parts.steps(0),
-        parts.optimizer,
-        parts.schedule,
-        max_norm=3.0,
-        autocast=parts.autocast,
-        scaler=parts.scaler,
-        after_step=lambda step, now, loss, *_: losses.append(loss.item()),
-    )
+    train(parts.learner, parts.steps(0), lambda step: losses.append(step.loss.item()))
     return losses
 
 

@@ -212,7 +212,7 @@ def test_out_of_memory_in_knn_is_a_warning_and_training_goes_on(tmp_path):
 
 LIMITED = """
 import resource, sys
-import torch, torchvision, matplotlib, dino.run.run, dino.run.journal, dino.train, dino.report
+import torch, torchvision, matplotlib, dino.run.session, dino.train, dino.report
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 1_200_000_000,) * 2)
 dino.train.main()

@@ -26,7 +26,7 @@ from dino.config.check import check
 from dino.config.composition import compose, quoted
 from dino.head import DinoProjectionHead
 from dino.model import DinoModel
-from dino.run.run import assemble
+from dino.run.parts import assemble
 from dino.runtime.refused import Refused
 from dino.train import run, train
 from dino.weights import save_teacher
@@ -186,9 +186,7 @@ def complaint(lines: list[str], key: str) -> str | None:
 
 def take_two_steps(config: dict) -> None:
     made = assemble(config)
-    clip = float(config["training"]["gradient_clip"] or math.inf)
-    parts = (made.student, made.teacher, made.loss, made.steps(0), made.optimizer, made.schedule)
-    train(*parts, accumulation=made.accumulation, max_norm=clip, autocast=made.autocast, scaler=made.scaler)
+    train(made.learner, made.steps(0))
     made.evaluate()
 
 

@@ -24,10 +24,11 @@ import dino.evaluator.knn
 import dino.report
 from dino.config import CONF, compose
 from dino.history import History
-from dino.logger import CSVLogger
+from dino.logger import CSVLogger, Loggers
 from dino.run.checkpoint import STATES, newest_checkpoint, write_step
 from dino.run.directory import DiskFull, claim, lock
-from dino.run.journal import Interrupted
+from dino.run.recorder import Recorder
+from dino.run.stop import Interrupted
 from dino.train import run
 from dino.weights import save_teacher
 
@@ -89,10 +90,10 @@ def files_in(directory):
 
 KILLED_WHILE_SAVING = """
 import os, runpy, signal, sys
-from dino.run.journal import Journal
+from dino.run.saving import Saving
 
 files, lines = sys.argv.pop(1), int(sys.argv.pop(1))
-save = Journal._save
+save = Saving.__call__
 
 def trace(frame, event, _):
     global lines
@@ -108,7 +109,7 @@ def traced(*arguments):
     save(*arguments)
     sys.settrace(None)
 
-Journal._save = traced
+Saving.__call__ = traced
 runpy.run_module("dino.train", run_name="__main__", alter_sys=True)
 """
 
@@ -129,7 +130,7 @@ def test_a_run_killed_twenty_times_while_saving_too_ends_bit_identical(tmp_path)
         arguments, before = ["-m", "dino.train"], newest()
         if while_saving := kill % 2 == 1:
             ours = [
-                "dino/run/journal.py,dino/run/checkpoint.py,dino/weights/__init__.py,dino/runtime/files.py,dino/history/__init__.py",
+                "dino/run/saving.py,dino/run/checkpoint.py,dino/weights/__init__.py,dino/runtime/files.py,dino/history/__init__.py",
                 str(random.randint(1, 150)),
             ]
             torchs = ["torch/serialization.py", str(random.randint(1, 3000))]
@@ -239,12 +240,37 @@ def test_a_run_stopped_in_an_evaluation_resumes_with_it_and_ends_bit_identical(
     assert ends[0].metadata["baselines"] == ends[1].metadata["baselines"]
 
 
+def test_the_requeue_is_asked_for_right_after_the_checkpoint_and_before_the_loggers_finish(
+    tmp_path, no_pictures, monkeypatch
+):
+    """W&B may take minutes to finish, and the scheduler kills the job before that."""
+    order, record = [], Recorder.__call__
+
+    def requeue(*_):  # as submitit's handler, which was there first
+        order.append(f"requeue after step {final(tmp_path / 'a')['iteration']}")
+
+    def stopped(self, step):
+        record(self, step)
+        if step.done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Recorder, "__call__", stopped)
+    monkeypatch.setattr(Loggers, "finish", lambda self: order.append("loggers"))
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        with pytest.raises(Interrupted):
+            run(compose(SHORT, "train", CONF), tmp_path / "a")
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert order == ["requeue after step 3", "loggers"]
+
+
 def test_a_signal_while_the_parts_are_built_is_not_waited_for(tmp_path, monkeypatch):
     def build(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("the building went on after the signal")
 
-    monkeypatch.setattr("dino.run.cached", build)
+    monkeypatch.setattr("dino.run.parts.cached", build)
     with pytest.raises(Interrupted):
         run(compose(SHORT, "train", CONF), tmp_path / "a")
     assert not (tmp_path / "a" / "checkpoints").exists()
@@ -501,7 +527,7 @@ SOAK = """
 import json, os, sys
 from pathlib import Path
 from dino.config import CONF, compose
-from dino.run.journal import Journal
+from dino.run.after_step import AfterStep
 from dino.train import run
 
 def now():
@@ -513,14 +539,14 @@ def now():
         "processes": len(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()),
     }
 
-seen, call = {}, Journal.__call__
+seen, call = {}, AfterStep.__call__
 
-def counted(self, step, *rest):
-    call(self, step, *rest)
-    if step + 1 in (1000, 1500, 1990):
-        seen[step + 1] = now()
+def counted(self, step):
+    call(self, step)
+    if step.done in (1000, 1500, 1990):
+        seen[step.done] = now()
 
-Journal.__call__ = counted
+AfterStep.__call__ = counted
 run(compose(sys.argv[1:], "train", CONF), Path("run"))
 print(json.dumps([*seen.values(), now()]))
 """

@@ -24,8 +24,10 @@ from dino.backbone.vit import ViT
 from dino.config import CONF, compose
 from dino.dataset.textures import Textures
 from dino.history import History
+from dino.loading.micro_batch import MicroBatch
 from dino.run.checkpoint import STATES
-from dino.run.run import assemble
+from dino.run.learner import Learner
+from dino.run.parts import assemble
 from dino.train import run, train
 
 aten = torch.ops.aten
@@ -119,7 +121,8 @@ def test_three_steps_of_the_loop_are_algorithm_1_written_out():
         center = 0.9 * center + 0.1 * torch.cat([t1, t2]).mean(0)
 
     optimizer = torch.optim.SGD(parameter_groups(student, head.last_layer), lr=1.0)
-    train(student, teacher, loss, ((i, iter([b])) for i, b in enumerate(batches)), optimizer, constant())
+    micro_batches = ((step, [MicroBatch(views)]) for step, views in enumerate(batches))
+    train(Learner(student, teacher, loss, optimizer, constant()), micro_batches)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(parameter, s[name], rtol=1e-9, atol=1e-9, check_layout=False)
     for name, parameter in teacher.named_parameters():
@@ -137,7 +140,7 @@ def test_four_batches_of_8_accumulated_take_the_step_of_one_batch_of_32():
         data = Textures("train", size=32, images=96)
         optimizer = torch.optim.SGD(parameter_groups(student, student.projection_head.last_layer), lr=1.0)
         steps = Steps(data, transform, batch_size, accumulation)
-        train(student, teacher, loss, steps, optimizer, constant(lr=0.01), accumulation=accumulation)
+        train(Learner(student, teacher, loss, optimizer, constant(lr=0.01)), steps)
         assert len(steps) == 3
         return {
             **student.state_dict(),

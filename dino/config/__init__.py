@@ -23,10 +23,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dino.config.check import check, warnings_of
-from dino.config.composition import compose, composed, plain, quoted
+from dino.config.composition import CONF, compose, composed, plain, quoted
 from dino.config.multirun import TRACEBACKS, described, of_a_sweep, one_line, one_of_a_sweep, say
 from dino.config.node import build_node
-from dino.config.sweep import CONF, Sweep, check_runs, is_multirun, run_name, sweep_of
+from dino.config.sweep import Sweep, check_runs, is_multirun, run_name, sweep_of
 from dino.loading.workers import WorkerLost
 from dino.runtime.memory import OutOfMemory
 from dino.runtime.processes import PeerLost

@@ -16,6 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 from dino.config.node import did_you_mean, ended
 from dino.runtime.refused import Refused, shown
 
+INSIDE = Path(__file__).resolve().parents[1] / "conf"
+CONF = INSIDE if INSIDE.is_dir() else INSIDE.parent.parent / "conf"  # in a wheel, in a checkout
+
 # Hydra has plain ValueErrors and TypeErrors too, for an override of a wrong kind (backbone=1).
 FAILURES = (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, AttributeError)
 

@@ -117,7 +117,7 @@ def of_a_sweep(sweep: Sweep) -> Iterator[None]:
 def _signals_passed_on(sweep: Sweep, stopped: Path) -> Iterator[None]:
     """A signal to this process stops the runs in its workers, which save and end, and then this process.
 
-    While a run is in this process itself, dino.run.journal.StopSignal has the signals.
+    While a run is in this process itself, dino.run.stop.StopSignal has the signals.
     """
 
     def pass_on(signum: int, _: FrameType | None) -> None:

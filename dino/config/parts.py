@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from dino.config.check import check, warnings_of
+from dino.config.composition import CONF, composed, plain
 from dino.config.composition import compose as compose_in
-from dino.config.composition import composed, plain
 from dino.config.node import build_node, misfits
-from dino.config.sweep import CONF
 from dino.runtime.nested import value_at
 from dino.runtime.refused import Refused
 
 if TYPE_CHECKING:
     from dino.dataset.cache import Images
-    from dino.run.run import Run
+    from dino.run.parts import Parts
 
 
 def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     return compose_in(list(overrides), "train", CONF)
 
 
-def build(config: dict[str, Any]) -> "Run":
+def build(config: dict[str, Any]) -> "Parts":
     """The parts of a config as objects, wired, on their device: what `python -m dino.train` trains.
 
     `.student` and `.teacher` (DinoModel), `.loss`, `.optimizer`, `.schedule` (a function of the step), `.transform`,
@@ -40,7 +39,7 @@ def build(config: dict[str, Any]) -> "Run":
     view order, and [batch]. Seeds Python's, NumPy's and torch's generators with the config's seed.
     Raises ValueError with all that is wrong with the config, a sentence each.
     """
-    from dino.run.run import assemble
+    from dino.run.parts import assemble
 
     if problems := check(config):
         raise Refused(*problems)

@@ -22,14 +22,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from dino.config.check import check
-from dino.config.composition import composed, plain, quoted
+from dino.config.composition import CONF, composed, plain, quoted
 from dino.config.node import locate
 from dino.run.directory import CONFIG, SWEEP, changes_no_result
 from dino.runtime.files import atomic_write
 from dino.runtime.refused import Refused
 
-INSIDE = Path(__file__).resolve().parents[1] / "conf"
-CONF = INSIDE if INSIDE.is_dir() else INSIDE.parent.parent / "conf"  # in a wheel, in a checkout
 OUTPUTS = Path("outputs")
 LONGEST_NAME = 200  # bytes; file systems take 255, and files beside it may want a suffix
 # Settings of hydra that say how a sweep is run; its runs have no use for them.

@@ -20,11 +20,18 @@ log = logging.getLogger(__name__)
 
 
 class Measured(NamedTuple):
-    """Of whole data sets, in their order: `predicted` are the labels that k-NN gives to `queries`."""
+    """`figures` by name; and what they were computed from, of whole data sets in their order, on rank zero.
 
-    bank: Features
-    queries: Features
-    predicted: Int[Tensor, " images"]
+    bank, queries: features of the training and the validation images. predicted: the labels that k-NN gives to queries.
+    """
+
+    figures: dict[str, float]
+    bank: Features | None = None
+    queries: Features | None = None
+    predicted: Int[Tensor, " images"] | None = None
+
+
+NOTHING = Measured({})
 
 
 class KNN:
@@ -36,45 +43,49 @@ class KNN:
                 raise ValueError(f"{name} must be above 0, got {value}.")
         self.k, self.temperature, self.batch_size = k, temperature, batch_size
         self.transform = EvalTransform(size)
-        self.last: Measured | None = None  # what the last call saw, in the first process, for whoever shows it
 
-    def __call__(
+    def __call__(self, backbone: nn.Module, train: Any, val: Any, **how: Any) -> dict[str, float]:
+        """The figures of `measure`, which takes the same arguments."""
+        return self.measure(backbone, train, val, **how).figures
+
+    def measure(
         self,
         backbone: nn.Module,
         train: Any,
         val: Any,
+        transform: EvalTransform | None = None,
         device: torch.device | str = "cpu",
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         num_workers: int = 0,
         broken: set[str] | None = None,
-    ) -> dict[str, float]:
+    ) -> Measured:
         """{"knn": accuracy in [0, 1] of `val` by its neighbours in `train`}. The backbone is used in eval mode.
 
+        transform: how images are prepared; None: of `size` pixels, normalised as ImageNet.
         Images that cannot be read are left out, with a sentence each in the log and in `broken`.
         """
         if train.classes is None or val.classes is None:
-            return {}
-        rest = (self.transform, device, autocast, self.batch_size, num_workers, broken)
+            return NOTHING
+        rest = (transform or self.transform, device, autocast, self.batch_size, num_workers, broken)
         advice = f"in k-NN; an evaluator.batch_size below {self.batch_size} takes less"
         with oom_advice_on_all_ranks(advice):
             mine, share = (features_of(backbone, Subset(data, rank_indices(len(data))), *rest) for data in (train, val))
         bank = Features(*(all_gather_rows(part, len(train)) for part in mine))
         with oom_advice_on_all_ranks(advice):
             predicted = knn_predictions(bank.read(), share.rows, [self.k], self.temperature)[self.k]
-        queries, predicted = (
-            Features(*(all_gather_rows(part, len(val)) for part in share)),
-            all_gather_rows(predicted, len(val)),
-        )
-        self.last = Measured(bank, queries, predicted) if place().rank == 0 else None
+        queries = Features(*(all_gather_rows(part, len(val)) for part in share))
+        predicted = all_gather_rows(predicted, len(val))
         read = queries.labels != UNREAD
         hits = (predicted == queries.labels) & read
-        return {"knn": hits.sum().item() / max(1, read.sum().item())}
+        figures = {"knn": hits.sum().item() / max(1, read.sum().item())}
+        return Measured(figures, bank, queries, predicted) if place().rank == 0 else Measured(figures)
 
     def baselines(
         self,
         backbone: nn.Module,
         train: Any,
         val: Any,
+        transform: EvalTransform | None = None,
         device: torch.device | str = "cpu",
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         num_workers: int = 0,
@@ -84,19 +95,19 @@ class KNN:
         if train.classes is None or val.classes is None:
             return {}
         log.info("measuring raw pixels and the untrained backbone, %d images each", len(train) + len(val))
-        rest = (train, val, device, autocast, num_workers, broken)
-        images = (views for views, *_ in batches(train, self.transform, self.batch_size, num_workers, shuffle=True))
-        calibrated = calibrate(backbone, (self.transform.normalise(batch.to(device)) for batch in images), autocast)
-        found = {"raw_pixels": self(RawPixels(), *rest)["knn"], "untrained": self(calibrated, *rest)["knn"]}
-        self.last = None
-        return found
+        transform = transform or self.transform
+        rest = (train, val, transform, device, autocast, num_workers, broken)
+        images = (views for views, *_ in batches(train, transform, self.batch_size, num_workers, shuffle=True))
+        calibrated = calibrate(backbone, (transform.normalise(batch.to(device)) for batch in images), autocast)
+        networks = {"raw_pixels": RawPixels(), "untrained": calibrated}
+        return {name: self.measure(network, *rest).figures["knn"] for name, network in networks.items()}
 
 
 class NoEvaluator:
     """Measures nothing: for data without labels, or a user in a hurry."""
 
-    def __call__(self, *_: Any, **__: Any) -> dict[str, float]:
-        return {}
+    def measure(self, *_: Any, **__: Any) -> Measured:
+        return NOTHING
 
     def baselines(self, *_: Any, **__: Any) -> dict[str, float]:
         return {}

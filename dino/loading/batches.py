@@ -13,11 +13,10 @@ from torch.utils.data import Sampler
 
 from dino.augmentation import DINOTransform
 from dino.loading.broken import TooManyBroken, note
+from dino.loading.micro_batch import MicroBatch
 from dino.loading.views import Samples, crops_of
 from dino.loading.workers import Loader
 from dino.runtime.refused import Refused
-
-Batch = tuple[list[Tensor], Tensor]  # views and labels of one forward pass
 
 # One stream of random numbers for each use, so that no two uses ever share one. 2 is dino.loading.views.GEOMETRY.
 ORDER, PHOTOMETRY = 1, 3
@@ -73,10 +72,11 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
 
 class Steps:
-    """`for step, parts in Steps(...)`: one optimizer update each, in `accumulation` parts, each a list of ready views.
+    """`for step, micro_batches in Steps(...)`: one optimizer update each, of `accumulation` micro-batches.
 
-    A part becomes views on the device, and photometry is done there in one batch, when the loop asks for it. One loader
-    serves all epochs: no worker starts anew between two, and the first batch of an epoch is there when the last ends.
+    A micro-batch becomes views on the device, and photometry is done there in one batch, when the loop asks for it. One
+    loader serves all epochs: no worker starts anew between two, and the first batch of an epoch is there when the last
+    ends.
     `broken` fills with a sentence for each image that could not be read and was passed over.
     """
 
@@ -114,23 +114,20 @@ class Steps:
     def __len__(self) -> int:
         return self.sampler.end - self.sampler.start
 
-    def __iter__(self) -> Iterator[tuple[int, Iterator[list[Tensor]]]]:
-        for step, parts in self.labelled():
-            yield step, (views for views, _ in parts)
-
-    def labelled(self) -> Iterator[tuple[int, Iterator[Batch]]]:
-        """The same with the labels of each part: [batch] on the CPU, -1 where there is none."""
+    def __iter__(self) -> Iterator[tuple[int, Iterator[MicroBatch]]]:
         batches = iter(self.loader)
         for step in range(self.sampler.start, self.sampler.end):
-            yield step, self._parts(step, batches)
+            yield step, self._micro_batches(step, batches)
 
-    def _parts(self, step: int, batches: Iterator[tuple[Any, list[str]]]) -> Iterator[Batch]:
+    def _micro_batches(self, step: int, batches: Iterator[tuple[Any, list[str]]]) -> Iterator[MicroBatch]:
         for part in range(self.accumulation):
             batch, broken = _next(batches)
             note(broken, self.broken)
             views, labels = self.crops.views(batch, self.device)
-            start = self.sampler.position(part)
-            yield self.transform.augment(views, seed=(self.seed, PHOTOMETRY, step), start=start), labels
+            augmented = self.transform.augment(
+                views, seed=(self.seed, PHOTOMETRY, step), start=self.sampler.position(part)
+            )
+            yield MicroBatch(augmented, labels, self.accumulation, last=part + 1 == self.accumulation)
 
 
 class TrainLoader:
@@ -145,17 +142,20 @@ class TrainLoader:
     def __init__(self, steps: Callable[[int], Steps], steps_per_epoch: int, passes: int) -> None:
         self.steps, self.steps_per_epoch, self.passes = steps, steps_per_epoch, passes
         self.epoch = 0
-        self._next: tuple[int, Iterator[tuple[int, Iterator[Batch]]]] | None = None  # its workers are at work already
+        self._next: tuple[int, Iterator[tuple[int, Iterator[MicroBatch]]]] | None = (
+            None  # its workers are at work already
+        )
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.passes
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[tuple[list[Tensor], Tensor | None]]:
         waiting, self._next = self._next, None
         first = self.epoch * self.steps_per_epoch
-        steps = waiting[1] if waiting is not None and waiting[0] == first else self.steps(first).labelled()
-        for _, parts in itertools.islice(steps, self.steps_per_epoch):
-            yield from parts
+        steps = waiting[1] if waiting is not None and waiting[0] == first else iter(self.steps(first))
+        for _, micro_batches in itertools.islice(steps, self.steps_per_epoch):
+            for micro_batch in micro_batches:
+                yield micro_batch.views, micro_batch.labels
         self.epoch += 1
         self._next = (first + self.steps_per_epoch, steps)
 

@@ -23,6 +23,13 @@ def too_many(broken: int, images: int) -> bool:
     return broken > MOST * images
 
 
+def refusal(broken: int, images: int, directory: Path) -> TooManyBroken:
+    return TooManyBroken(
+        f"{broken:,} of {images:,} images cannot be read, more than {MOST:.0%}; they are listed in "
+        f"{directory / LIST}. Repair them and run the same command, or start anew without them."
+    )
+
+
 def first_readable(load: Callable[[int], Any], index: int, images: int) -> tuple[Any, list[str]]:
     """`load(index)`, or that of the first after it that can be read, and a sentence for each broken one passed over.
 

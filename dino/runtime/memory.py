@@ -1,13 +1,15 @@
-"""When memory runs out: which settings take less, in a sentence; and k-NN that does without is no reason to end."""
+"""Out-of-memory errors: say which settings need less. Running out of memory in k-NN is only a warning."""
 
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 
 from dino.runtime.processes import all_reduce_max
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -49,19 +51,20 @@ def oom_advice_on_all_ranks(advice: str) -> Iterator[None]:
         raise problem or OutOfMemory(f"another process is out of memory {advice}")
 
 
-def skip_when_out_of_memory(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What `measure` gives; {}, with a warning, where memory runs out."""
+def skip_when_out_of_memory(measure: Callable[[], T], instead: T) -> T:
+    """What `measure` gives; `instead`, with a warning, where memory runs out."""
     try:
         return measure()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         log.warning("not measured: %s; training goes on", error)
-        return {}
+        return instead
 
 
 def smaller_batch_overrides(batch_size: int, accumulation: int, derived: bool) -> str:
-    """The overrides with which a forward pass takes half of the images, or less where 2 is no divisor, and a step all.
+    """Overrides that halve the batch of a forward pass (or divide it by its smallest divisor) and keep the effective
+    batch.
 
     derived: the accumulation follows from training.effective_batch.
     """

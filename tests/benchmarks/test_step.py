@@ -12,9 +12,11 @@ from dino.backbone.resnet import SmallResNet
 from dino.backbone.vit import ViT
 from dino.backbone.vit_tiny import ViTTiny
 from dino.head import DinoProjectionHead
+from dino.loading.micro_batch import MicroBatch
 from dino.loss.dino import DinoLoss
 from dino.model import DinoModel, make_teacher
 from dino.optimizer import parameter_groups
+from dino.run.learner import Learner
 from dino.scheduler import Schedule
 from dino.train import train
 
@@ -38,8 +40,8 @@ def test_ten_steps_are_those_of_the_reference(backbone):
     )
     batches = [[torch.randn(8, 3, size, size) for size in (32, 32, 16, 16)] for _ in range(10)]
     ours = []
-    steps = ((number, iter([views])) for number, views in enumerate(batches))
-    train(student, teacher, loss, steps, optimizer, schedule, after_step=lambda step, now, loss, *_: ours.append(loss))
+    steps = ((number, [MicroBatch(views)]) for number, views in enumerate(batches))
+    train(Learner(student, teacher, loss, optimizer, schedule), steps, lambda step: ours.append(step.loss))
     theirs = []
     for number, views in enumerate(batches):
         now = schedule(number)
@@ -67,7 +69,7 @@ def test_the_reference_clips_each_gradient_as_we_do():
     schedule = Schedule(epochs=1, steps_per_epoch=10, effective_batch=8, lr=1.0, weight_decay=0.0, warmup_epochs=0.0)
     views = [torch.randn(8, 3, size, size, dtype=torch.float64) for size in (32, 32, 16)]
     before = [parameter.clone() for parameter in student.parameters()]
-    train(student, teacher, loss, [(0, iter([views]))], optimizer, schedule, max_norm=1e-3)
+    train(Learner(student, teacher, loss, optimizer, schedule, max_norm=1e-3), [(0, [MicroBatch(views)])])
     reference.step(views, 1.0, 0.0, schedule(0).momentum, 0.04)
     changes = [now - then for now, then in zip(student.parameters(), before, strict=True)]
     theirs = [now - then for now, then in zip(reference.student.parameters(), before, strict=True)]

@@ -380,7 +380,7 @@ PROGRAM = """
 import os, signal, sys, time
 from dino.config import command
 from dino.run.finite import NonFiniteLoss
-from dino.run.journal import StopSignal
+from dino.run.stop import StopSignal
 
 @command("train")
 def main(config, directory):

@@ -11,9 +11,11 @@ from torch import nn
 from dino import DinoLoss, DinoModel, DinoProjectionHead, Schedule, make_teacher, parameter_groups
 from dino.head import Factors
 from dino.history import History
+from dino.loading.micro_batch import MicroBatch
 from dino.logger import Loggers
+from dino.run.epochs import Epochs
 from dino.run.finite import Finite
-from dino.run.journal import Journal, StopSignal
+from dino.run.learner import Learner
 from dino.run.monitor import (
     DIRECTIONS,
     LEAST_DIRECTIONS,
@@ -26,6 +28,7 @@ from dino.run.monitor import (
     diagnose,
     feature_std,
 )
+from dino.run.recorder import Recorder
 from dino.runtime.processes import place
 from dino.train import train
 
@@ -241,7 +244,7 @@ class Points(nn.Module):
 
 
 def trained(tmp_path, caplog, groups=8, out_dim=32, use_bn=True, temp=0.04, center_momentum=0.9, lr=1e-2, decay=0.0):
-    """150 steps on noisy views of a few points, with a journal: its history, and what it said."""
+    """150 steps on noisy views of a few points, with a recorder: its history, and what it said."""
     torch.manual_seed(0)
     steps, batch = 150, 16
     student = DinoModel(Points(), DinoProjectionHead(16, 32, 16, out_dim, use_bn=use_bn))
@@ -263,32 +266,22 @@ def trained(tmp_path, caplog, groups=8, out_dim=32, use_bn=True, temp=0.04, cent
     def batches():
         for step in range(steps):
             images = points[torch.randint(groups, (batch,))]
-            yield step, iter([[images + 0.3 * torch.randn_like(images) for _ in range(2)]])
+            yield step, [MicroBatch([images + 0.3 * torch.randn_like(images) for _ in range(2)])]
 
-    journal = Journal(
-        directory=tmp_path,
-        history=History({"config": {}}),
-        loggers=Loggers([]),
-        monitor=Monitor(student, loss, quiet_steps=schedule.warmup_steps),
-        evaluate=dict,
-        report=lambda: None,
-        checkpoint=lambda *_: None,
-        stop=StopSignal(),
-        broken=set(),
-        images=1000,
-        finite=Finite(tmp_path, lambda step: []),
-        start=0,
-        total_steps=steps,
-        steps_per_epoch=steps,
-        effective_batch=batch,
-        writes=False,
+    recorder = Recorder(
+        History({"config": {}}),
+        Loggers([]),
+        Monitor(student, loss, quiet_steps=schedule.warmup_steps),
+        Finite(tmp_path, lambda step: []),
+        Epochs(0, steps, steps),
+        batch,
     )
     optimizer = torch.optim.AdamW(parameter_groups(student, student.projection_head.last_layer))
-    train(student, make_teacher(student), loss, batches(), optimizer, schedule, after_step=journal)
-    journal.close()
+    train(Learner(student, make_teacher(student), loss, optimizer, schedule), batches(), recorder)
+    recorder.close()
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert journal.history.metadata.get("collapse", []) == warnings
-    return journal.history, warnings
+    assert recorder.history.metadata.get("collapse", []) == warnings
+    return recorder.history, warnings
 
 
 def test_a_healthy_run_is_silent_and_has_every_figure(tmp_path, caplog):

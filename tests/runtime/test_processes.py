@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ from dino.history import History
 from dino.loading.batches import StepSampler
 from dino.model import make_teacher
 from dino.run.checkpoint import STATES
-from dino.run.run import assemble
+from dino.run.learner import Learner
+from dino.run.parts import assemble
 from dino.runtime.batch_norm import synchronise_batch_norm
 from dino.runtime.processes import (
     Place,
@@ -135,16 +137,13 @@ def five_steps(kind, dtype, batch_size, accumulation, lr, synchronise=True, shar
         warmup_epochs=0.0,
         min_lr=0.0,
     )
-    train(
-        data_parallel(student, accumulation),
-        teacher,
-        loss,
-        ((step, ([view.to(dtype) for view in views] for views in parts)) for step, parts in steps),
-        optimizer,
-        schedule,
-        accumulation=accumulation,
-        after_step=lambda step, now, value, *_: losses.append(all_reduce_mean(value.clone()).item()),
+    learner = Learner(student, teacher, loss, optimizer, schedule)
+    learner.parallel = data_parallel(student, accumulation)
+    in_dtype = (
+        (step, (replace(part, views=[view.to(dtype) for view in part.views]) for part in parts))
+        for step, parts in steps
     )
+    train(learner, in_dtype, lambda step: losses.append(all_reduce_mean(step.loss.clone()).item()))
     state = {name: full_tensor(value).clone() for name, value in student.state_dict().items()}
     state |= {f"teacher.{name}": value for name, value in teacher.state_dict().items()}
     return state | {"center": loss.center, "losses": torch.tensor(losses, dtype=torch.float64)}

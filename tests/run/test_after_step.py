@@ -1,3 +1,4 @@
+import copy
 import math
 import os
 import signal
@@ -9,17 +10,30 @@ import pytest
 import torch
 from ranks import run_in_ranks
 
+from dino.augmentation import DINOTransform
+from dino.evaluator.knn import Measured
 from dino.head import Factors
 from dino.history import History
+from dino.loading.data import Batching, Data, Loading
 from dino.logger import Loggers
 from dino.loss.dino import DinoLoss
+from dino.run.after_step import AfterStep
+from dino.run.epochs import Epochs
+from dino.run.evaluation import Evaluation
 from dino.run.finite import Finite, NonFiniteLoss
-from dino.run.journal import Interrupted, Journal, StopSignal
 from dino.run.monitor import Monitor
+from dino.run.parts import Parts
+from dino.run.recorder import Recorder
+from dino.run.run import Run
+from dino.run.saving import Saving
+from dino.run.step import Distilled, Step
+from dino.run.stop import Interrupted, StopSignal
 from dino.runtime.processes import place
 from dino.scheduler import Values
 
 NOW = Values(learning_rate=1e-3, last_layer_learning_rate=1e-3, weight_decay=0.04, momentum=0.99, teacher_temp=0.04)
+
+CPU = Loading(torch.device("cpu"), 0, "photometry", cached_on_device=False)
 
 
 class Spy:
@@ -38,40 +52,68 @@ class Spy:
         pass
 
 
-def journal(tmp_path, stop=None, measured=(), **changes):
-    saved, spy, results = [], Spy(), iter(measured)
-    arguments = {
-        "directory": tmp_path,
-        "history": History({"config": {}}),
-        "loggers": Loggers([spy]),
-        "monitor": Monitor(torch.nn.Linear(2, 2), DinoLoss(4, ncrops=2)),
-        "evaluate": lambda: next(results, {}),
-        "report": lambda: None,
-        "checkpoint": lambda iteration, state, best: saved.append((iteration, dict(state), best)),
-        "stop": stop or StopSignal(),
-        "broken": set(),
-        "images": 1000,
-        "finite": Finite(tmp_path / "checkpoints", lambda step: [f"image of step {step}"]),
-        "start": 0,
-        "total_steps": 12,
-        "steps_per_epoch": 4,
-        "effective_batch": 8,
-        "log_every_steps": 5,
-    }
-    return Journal(**(arguments | changes)), saved, spy
+class Measures(Parts):
+    """The parts of a run, of which none is there but what measures the teacher."""
+
+    def __init__(self, evaluate):
+        self.evaluate, self.baselines = evaluate, dict
+
+
+class Kept(Saving):
+    """Keeps in memory what it should write."""
+
+    def __call__(self, done, best, after_step):
+        self.saved.append((done, copy.deepcopy(after_step), best))
+
+
+def after_step_of(tmp_path, stop=None, measured=(), start=0, total_steps=12, steps_per_epoch=4, state=None, **changes):
+    results, spy, stop = iter(measured), Spy(), stop or StopSignal()
+    epochs, history = Epochs(start, total_steps, steps_per_epoch), History({"config": {}})
+    recorder = Recorder(
+        history,
+        Loggers([spy]),
+        Monitor(torch.nn.Linear(2, 2), DinoLoss(4, ncrops=2)),
+        changes.get("finite", Finite(tmp_path / "checkpoints", lambda step: [f"image of step {step}"])),
+        epochs,
+        effective_batch=8,
+        every=changes.get("log_every_steps", 5),
+        file=tmp_path / "history.json" if changes.get("writes", True) else None,
+    )
+    evaluate = changes.get("evaluate", lambda: next(results, {}))
+    evaluation = Evaluation(
+        Measures(lambda: Measured(evaluate())),
+        history,
+        epochs,
+        stop,
+        changes.get("report", lambda measured: None),
+        every=changes.get("evaluate_every_epochs", 1),
+    )
+    saving = Kept(
+        object.__new__(Run),
+        epochs,
+        changes.get("checkpoint_every_epochs", 1),
+        changes.get("checkpoint_every_minutes", 15.0),
+    )
+    saving.saved = []
+    data = Data(range(900), range(100), DINOTransform(), 32, Batching(8, 1, 0), steps_per_epoch, total_steps, CPU)
+    keeper = AfterStep(epochs, recorder, evaluation, saving, stop, data, tmp_path)
+    if state is not None:
+        keeper.load_state_dict(state)
+    return keeper, saving.saved, spy
 
 
 def take(keeper, step, loss, teacher=None, norm=2.0):
     outputs = torch.zeros(4, 4) if teacher is None else teacher  # of 2 images in 2 views
     student = Factors(outputs, torch.eye(4))
-    keeper(step, NOW, torch.tensor(float(loss)), torch.tensor(norm), outputs, student, outputs)
+    last = Distilled(torch.tensor(float(loss)), outputs, student, outputs)
+    keeper(Step(step + 1, NOW, torch.tensor(float(loss)), torch.tensor(norm), last))
 
 
 def walk(keeper, losses, start=0, teacher=None, norms=()):
     norms = {**dict.fromkeys(range(start, start + len(losses)), 2.0), **dict(norms)}
     for step, loss in enumerate(losses, start):
         take(keeper, step, loss, teacher, norms[step])
-    keeper.close()
+    keeper.recorder.close()
 
 
 def test_what_happens_between_epochs_draws_nothing_from_the_run(tmp_path):
@@ -81,7 +123,7 @@ def test_what_happens_between_epochs_draws_nothing_from_the_run(tmp_path):
         np.random.rand(), torch.rand(1)
         return {"knn": 0.5}
 
-    keeper, *_ = journal(tmp_path, evaluate=draw, report=draw)
+    keeper, *_ = after_step_of(tmp_path, evaluate=draw, report=lambda measured: draw())
     numpy, of_torch = np.random.get_state()[2], torch.get_rng_state()
     walk(keeper, [1.0] * 12)
     assert np.random.get_state()[2] == numpy
@@ -89,7 +131,7 @@ def test_what_happens_between_epochs_draws_nothing_from_the_run(tmp_path):
 
 
 def test_steps_are_recorded_at_the_cadence_and_epochs_with_the_mean_of_all_their_losses(tmp_path):
-    keeper, _, spy = journal(tmp_path, evaluate_every_epochs=2, measured=[{"knn": 0.5}, {"knn": 0.25}])
+    keeper, _, spy = after_step_of(tmp_path, evaluate_every_epochs=2, measured=[{"knn": 0.5}, {"knn": 0.25}])
     walk(keeper, range(12))
     history = History.load(tmp_path / "history.json")
     assert history.get_iterations() == [1, 6, 11, 12]
@@ -104,43 +146,45 @@ def test_steps_are_recorded_at_the_cadence_and_epochs_with_the_mean_of_all_their
 
 
 def test_checkpoints_are_written_at_the_first_step_after_each_epoch_and_at_the_end_the_best_marked(tmp_path):
-    keeper, saved, _ = journal(tmp_path, measured=[{"knn": 0.5}, {"knn": 0.7}, {"knn": 0.6}], checkpoint_every_epochs=3)
+    keeper, saved, _ = after_step_of(
+        tmp_path, measured=[{"knn": 0.5}, {"knn": 0.7}, {"knn": 0.6}], checkpoint_every_epochs=3
+    )
     walk(keeper, [1] * 12)
     assert [(iteration, best) for iteration, _, best in saved] == [(1, False), (4, True), (8, True), (12, False)]
-    assert saved[-1][1]["last_knn"] == 0.6
-    assert saved[-1][1]["best_knn"] == 0.7
+    assert saved[-1][1]["evaluation"]["last_knn"] == 0.6
+    assert saved[-1][1]["evaluation"]["best_knn"] == 0.7
 
 
 def test_a_resumed_epoch_has_the_mean_of_the_whole_epoch(tmp_path):
-    whole, saved, _ = journal(tmp_path, checkpoint_every_minutes=1e-9)
+    whole, saved, _ = after_step_of(tmp_path, checkpoint_every_minutes=1e-9)
     walk(whole, [1, 2, 3, 4, 9, 9])
     state = next(state for iteration, state, _ in saved if iteration == 2)
-    resumed, _, _ = journal(tmp_path / "resumed", start=2, state=state)
+    resumed, _, _ = after_step_of(tmp_path / "resumed", start=2, state=state)
     walk(resumed, [3, 4, 9], start=2)
-    assert resumed.history.get_metric("loss", "epoch") == [2.5]
+    assert resumed.recorder.history.get_metric("loss", "epoch") == [2.5]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_naming_its_step_before_anything_is_saved(tmp_path, value):
-    keeper, saved, _ = journal(tmp_path)
+    keeper, saved, _ = after_step_of(tmp_path)
     with pytest.raises(NonFiniteLoss, match=rf"the loss is {value} at step 4; the last good checkpoint is in"):
         walk(keeper, [1, 1, 1, value, 1, 1])  # seen at the end of the epoch, one step before the log
-    keeper.close()
+    keeper.recorder.close()
     assert [iteration for iteration, *_ in saved] == [1]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_stops_before_what_its_step_did_is_saved(tmp_path, value):
-    keeper, saved, _ = journal(tmp_path)
+    keeper, saved, _ = after_step_of(tmp_path)
     with pytest.raises(NonFiniteLoss, match=rf"the gradient is {value} at step 4; .*images image of step 4\."):
         walk(keeper, [1] * 6, norms={3: value})  # a checkpoint is due after step 4
-    keeper.close()
+    keeper.recorder.close()
     assert [iteration for iteration, *_ in saved] == [1]
 
 
 def test_a_loss_that_is_not_finite_goes_before_a_signal_and_nothing_is_saved(tmp_path):
     with StopSignal() as stop:
-        keeper, saved, _ = journal(tmp_path, stop)
+        keeper, saved, _ = after_step_of(tmp_path, stop)
         walk(keeper, [1, 1])
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(NonFiniteLoss, match="the loss is nan at step 3"):
@@ -149,7 +193,7 @@ def test_a_loss_that_is_not_finite_goes_before_a_signal_and_nothing_is_saved(tmp
 
 
 def test_no_number_is_fetched_from_the_device_between_two_looks(tmp_path, monkeypatch):
-    keeper, _, _ = journal(tmp_path, total_steps=100, steps_per_epoch=100, log_every_steps=10)
+    keeper, _, _ = after_step_of(tmp_path, total_steps=100, steps_per_epoch=100, log_every_steps=10)
     walk(keeper, [1])
     for name in ("item", "tolist", "__bool__", "__float__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
@@ -160,19 +204,19 @@ def test_steps_that_may_be_left_out_are_counted_over_resumes_and_not_in_the_mean
     def finite():
         return Finite(tmp_path / "checkpoints", lambda step: [], skip=2)
 
-    keeper, saved, _ = journal(tmp_path, finite=finite())
+    keeper, saved, _ = after_step_of(tmp_path, finite=finite())
     walk(keeper, [1, math.nan, 3, 5], norms={1: math.nan})
-    assert keeper.history.get_metric("loss", "epoch") == [3]
+    assert keeper.recorder.history.get_metric("loss", "epoch") == [3]
     _, state, _ = saved[-1]
-    resumed, _, _ = journal(tmp_path / "resumed", start=4, state=state, finite=finite())
+    resumed, _, _ = after_step_of(tmp_path / "resumed", start=4, state=state, finite=finite())
     walk(resumed, [1, 1], start=4, norms={4: math.inf})
     with pytest.raises(NonFiniteLoss, match="the loss is inf at step 8"):
         walk(resumed, [1, math.inf], start=6)
-    resumed.close()
+    resumed.recorder.close()
 
 
 def on_one_of_two(folder):
-    keeper, saved, _ = journal(Path(folder), log_every_steps=3, writes=place().rank == 0)
+    keeper, saved, _ = after_step_of(Path(folder), log_every_steps=3, writes=place().rank == 0)
     try:
         walk(keeper, [1, math.nan if place().rank else 1, 1, 1])
     except NonFiniteLoss as error:
@@ -190,7 +234,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_at_the_same_step(tmp
 def test_a_signal_is_acted_on_after_the_step_with_a_checkpoint(tmp_path, signum):
     before = signal.getsignal(signum)
     with StopSignal() as stop:
-        keeper, saved, _ = journal(tmp_path, stop)
+        keeper, saved, _ = after_step_of(tmp_path, stop)
         walk(keeper, [1, 1])
         os.kill(os.getpid(), signum)
         with pytest.raises(Interrupted, match=signum.name) as stopped:
@@ -207,28 +251,28 @@ def interrupted(*_):
 
 def test_a_signal_in_an_evaluation_cuts_it_short_and_a_resumed_run_evaluates_first(tmp_path):
     with StopSignal() as stop:
-        keeper, saved, _ = journal(tmp_path, stop, evaluate=interrupted)
+        keeper, saved, _ = after_step_of(tmp_path, stop, evaluate=interrupted)
         with pytest.raises(Interrupted, match="SIGTERM"):
             walk(keeper, [1, 2, 3, 4])
-        keeper.close()
+        keeper.recorder.close()
     iteration, state, best = saved[-1]
-    assert (iteration, best, state["epoch_loss"]) == (4, False, 10)
-    assert keeper.history.get_metric("epoch", "epoch") == []
-    resumed, saved, _ = journal(tmp_path / "resumed", start=4, state=state, measured=[{"knn": 0.5}])
+    assert (iteration, best, state["recorder"]["epoch_loss"]) == (4, False, 10)
+    assert keeper.recorder.history.get_metric("epoch", "epoch") == []
+    resumed, saved, _ = after_step_of(tmp_path / "resumed", start=4, state=state, measured=[{"knn": 0.5}])
     resumed.end_interrupted_epoch()
     assert [(iteration, best) for iteration, _, best in saved] == [(4, True)]
-    assert resumed.history.get_metric("loss", "epoch") == [2.5]
-    assert resumed.history.get_metric("knn", "epoch") == [0.5]
-    resumed.close()
-    again, saved, _ = journal(tmp_path / "again", start=4, state=saved[-1][1])
+    assert resumed.recorder.history.get_metric("loss", "epoch") == [2.5]
+    assert resumed.recorder.history.get_metric("knn", "epoch") == [0.5]
+    resumed.recorder.close()
+    again, saved, _ = after_step_of(tmp_path / "again", start=4, state=saved[-1][1])
     again.end_interrupted_epoch()
     assert saved == []
-    again.close()
+    again.recorder.close()
 
 
 def test_a_signal_in_the_last_step_of_an_epoch_is_not_kept_waiting_for_the_evaluation(tmp_path):
     with StopSignal() as stop:
-        keeper, saved, _ = journal(tmp_path, stop, evaluate=lambda: pytest.fail("it was begun"))
+        keeper, saved, _ = after_step_of(tmp_path, stop, evaluate=lambda: pytest.fail("it was begun"))
         walk(keeper, [1, 1, 1])
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted):
@@ -242,11 +286,11 @@ def test_a_signal_in_the_evaluation_after_the_last_step_waits_for_it(tmp_path):
         return {"knn": 0.5}
 
     with StopSignal() as stop:
-        keeper, saved, _ = journal(tmp_path, stop, evaluate=evaluate, total_steps=4)
+        keeper, saved, _ = after_step_of(tmp_path, stop, evaluate=evaluate, total_steps=4)
         with pytest.raises(Interrupted):
             walk(keeper, [1, 2, 3, 4])
-        keeper.close()
-    assert (saved[-1][0], saved[-1][1]["last_knn"]) == (4, 0.5)
+        keeper.recorder.close()
+    assert (saved[-1][0], saved[-1][1]["evaluation"]["last_knn"]) == (4, 0.5)
 
 
 def test_data_workers_which_are_forks_do_not_take_a_signal_for_the_run_s():

@@ -1,0 +1,264 @@
+"""From a checked config to the parts of a run."""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dino.augmentation import DINOTransform
+from dino.config.check import nodes
+from dino.config.node import build_node
+from dino.dataset.cache import cached
+from dino.evaluator.knn import Measured
+from dino.loading.batches import Steps, TrainLoader, accumulation_for, steps_in_epoch, steps_of
+from dino.loading.data import Batching, Data, Loading
+from dino.loss.dino import DinoLoss
+from dino.model import DinoModel, make_teacher
+from dino.optimizer import parameter_groups
+from dino.run.learner import Learner
+from dino.runtime.batch_norm import synchronise_batch_norm
+from dino.runtime.device import autocast_for, choose_device, choose_precision, default_workers, describe
+from dino.runtime.processes import Place, barrier_refusals, broadcast_buffers, place, rank_zero_first, topology
+from dino.runtime.refused import Refused
+from dino.runtime.rng import seed_all
+from dino.runtime.sharding import shard
+from dino.scheduler import Schedule
+from dino.weights import read_teacher
+from dino.weights.allowlist import Group, NotAllowed, allowed
+
+
+@dataclass
+class Parts:
+    """The parts of one configuration, wired: what `python -m dino.train` trains, and what `dino.build` returns.
+
+    `student(views)` is [ncrops x batch, K], `teacher(views[:n_global_crops])` [n_global_crops x batch, K]; `loss` takes
+    both; `schedule(step)` are the values of a step; `transform` makes views of an image; `train_loader` yields (views,
+    labels) on `device`.
+    """
+
+    device: torch.device
+    precision: str
+    place: Place
+    topology: str  # the processes and their machines, in words
+    data: Data
+    learner: Learner
+    schedule: Schedule
+    untrained: torch.nn.Module  # the backbone as it was before the first step of all, until it is measured
+    evaluator: Any
+
+    @property
+    def student(self) -> DinoModel:
+        return self.learner.student
+
+    @property
+    def teacher(self) -> DinoModel:
+        return self.learner.teacher
+
+    @property
+    def loss(self) -> DinoLoss:
+        return self.learner.loss
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.learner.optimizer
+
+    @property
+    def transform(self) -> DINOTransform:
+        return self.data.transform
+
+    @property
+    def train_set(self) -> Any:
+        return self.data.train_set
+
+    @property
+    def val_set(self) -> Any:
+        return self.data.val_set
+
+    @property
+    def train_loader(self) -> TrainLoader:
+        return self.data.train_loader
+
+    def steps(self, start: int, end: int | None = None) -> Steps:
+        return self.data.steps(start, end)
+
+    def evaluate(self) -> Measured:
+        """The teacher's backbone by the evaluator."""
+        broadcast_buffers(self.teacher)  # each process measures a share of the images, with one network
+        measured: Measured = self._with_data(self.evaluator.measure, self.teacher.backbone)
+        return measured
+
+    def baselines(self) -> dict[str, float]:
+        """Of the untrained backbone and of raw pixels, at whatever step. Once: the backbone is then let go."""
+        measured: dict[str, float] = self._with_data(self.evaluator.baselines, self.untrained.to(self.device))
+        del self.untrained
+        return measured
+
+    def _with_data(self, measure: Callable[..., Any], backbone: torch.nn.Module) -> Any:
+        loading = self.data.loading
+        return measure(
+            backbone,
+            self.data.train_set,
+            self.data.val_set,
+            transform=self.data.eval_transform,
+            device=self.device,
+            autocast=self.learner.autocast,
+            num_workers=0
+            if loading.cached_on_device
+            else loading.num_workers,  # a worker cannot reach the GPU's images
+            broken=self.data.broken,
+        )
+
+    def __str__(self) -> str:
+        data, batching, backbone = self.data, self.data.batching, self.student.backbone
+        classes = data.train_set.classes
+        labels = "unlabelled: no k-NN" if classes is None else f"{len(classes)} classes"
+        backbone_size, head_size = _size(backbone), _size(self.student.projection_head)
+        return "\n".join(
+            [
+                f"backbone   {type(backbone).__name__}, {backbone_size} parameters; "
+                f"head {head_size}, {self.loss.out_dim:,} prototypes",
+                f"data       {len(data.train_set):,} images, {labels}; {len(data.val_set):,} to validate",
+                f"steps      {data.total_steps:,} ({data.steps_per_epoch:,} an epoch), "
+                f"effective batch {batching.effective_batch} = {batching.batch_size} images x "
+                f"{batching.accumulation} accumulated"
+                + (f" x {batching.world_size} processes" if batching.world_size > 1 else ""),
+                f"processes  {self.topology}",
+                f"device     {describe(self.device)}, {self.precision}, {data.loading.num_workers} workers",
+            ]
+        )
+
+
+def assemble(config: dict[str, Any]) -> Parts:
+    """Builds every part, on its device. Raises Refused, in sentences, where one can't be had."""
+    device = choose_device(config["device"])
+    precision, here = choose_precision(config["precision"], device), place()
+    words, on_this_machine = topology(device)
+    data = _data(config, device, here, on_this_machine)
+    seed_all(config["seed"])
+    schedule = _schedule(config, data)
+    learner = _learner(config, data, schedule, device, precision)
+    untrained = copy.deepcopy(learner.teacher.backbone).cpu()  # a GPU has better use for its memory
+    if here.rank:
+        seed_all((config["seed"] + here.rank) % 2**32)  # the same weights, from here on other draws (of drop path)
+    return Parts(
+        device=device,
+        precision=precision,
+        place=here,
+        topology=words,
+        data=data,
+        learner=learner,
+        schedule=schedule,
+        untrained=untrained,
+        evaluator=build_node(config["evaluator"]),
+    )
+
+
+def _data(config: dict[str, Any], device: torch.device, here: Place, on_this_machine: int) -> Data:
+    training, cache = config["training"], config["dataset"]["cache"]
+    with barrier_refusals(), rank_zero_first():
+        datasets = {split: build_node(config["dataset"][split]) for split in ("train", "val")}
+    accumulation = accumulation_for(
+        training["batch_size"],
+        training["gradient_accumulation_steps"],
+        training["effective_batch"],
+        here.world_size,
+    )
+    batching = Batching(training["batch_size"], accumulation, config["seed"], here.rank, here.world_size)
+    images, passes = len(datasets["train"]), accumulation * here.world_size
+    steps_in_epoch(images, training["batch_size"], passes)  # refuses too few images before any is used
+    steps_per_epoch, total_steps = steps_of(images, batching.effective_batch, training["epochs"], training["max_steps"])
+    with barrier_refusals():
+        datasets = cached(datasets, cache, config["dataset"]["cache_side"], device, on_this_machine)
+    workers = training["num_workers"]
+    workers = default_workers(device) if workers == "auto" else workers
+    return Data(
+        train_set=datasets["train"],
+        val_set=datasets["val"],
+        transform=build_node(config["augmentation"]),
+        eval_size=config["dataset"]["eval_size"],
+        batching=batching,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        loading=Loading(device, workers, training["device_does"], cached_on_device=cache == "device"),
+    )
+
+
+def _schedule(config: dict[str, Any], data: Data) -> Schedule:
+    schedule: Schedule = build_node(
+        config["scheduler"],
+        epochs=config["training"]["epochs"],
+        steps_per_epoch=data.steps_per_epoch,
+        effective_batch=data.batching.effective_batch,
+        lr=config["optimizer"]["lr"],
+        weight_decay=config["optimizer"]["weight_decay"],
+        freeze_last_layer_epochs=config["training"]["freeze_last_layer_epochs"],
+        **config["teacher"],
+    )
+    return schedule
+
+
+def _learner(config: dict[str, Any], data: Data, schedule: Schedule, device: torch.device, precision: str) -> Learner:
+    training = config["training"]
+    backbone = build_node(config["backbone"])
+    head = build_node(config["head"], input_dim=backbone.output_dim)
+    student = DinoModel(backbone, head)
+    if config["init_from"] is not None:
+        _initialise(student, config)
+    if training["synchronise_batch_norm"]:
+        synchronise_batch_norm(student, device)
+    student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher = make_teacher(student)
+    if training["sharded"]:
+        shard(student, device)
+    return Learner(
+        student=student,
+        teacher=teacher,
+        loss=_loss(config["loss"], data.transform).to(device),
+        optimizer=build_node(config["optimizer"], params=parameter_groups(student, head.last_layer)),
+        schedule=schedule,
+        max_norm=float(training["gradient_clip"] or math.inf),
+        autocast=autocast_for(device, precision),
+        scaler=_scaler(device, precision, training["skip_nonfinite_steps"]),
+    )
+
+
+def _loss(node: dict[str, Any], transform: DINOTransform) -> DinoLoss:
+    with warnings.catch_warnings():  # what it warns of, the check of the config says in the config's own words
+        warnings.filterwarnings("ignore", message="DinoLoss: student_temp")
+        loss: DinoLoss = build_node(node, ncrops=transform.ncrops, n_global_crops=transform.n_global_crops)
+    return loss
+
+
+def _scaler(device: torch.device, precision: str, skip: int) -> torch.amp.GradScaler:
+    """fp16's; or, for `skip`, one that leaves out the steps whose gradient is not finite, its scale 1 for ever."""
+    if precision == "fp16" or not skip:
+        return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    stays = math.nextafter(1, 0)  # the largest factor that torch takes; in the scale's fp32 it is 1
+    return torch.amp.GradScaler(device.type, init_scale=1.0, backoff_factor=stays, growth_interval=2**31 - 1)
+
+
+def _initialise(student: DinoModel, config: dict[str, Any]) -> None:
+    """The weights of config["init_from"]. Nothing that the file names is built; the command names the student."""
+    source = config["init_from"]
+    try:
+        file = read_teacher(source)
+        parts: dict[Group, Any] = {"backbone": file.backbone, "head": file.head}
+        for group, node in parts.items():
+            named = [str(own["_target_"]) for _, own in nodes(config[group])]  # in the command: it is trusted
+            allowed(group, node, file.path, [*config["trust"], *named])
+        file.check_shapes(student.state_dict())
+        student.load_state_dict(file.weights())
+    except NotAllowed as refused:
+        raise Refused(f"init_from={source}: {refused}") from refused
+    except (RuntimeError, ValueError, FileNotFoundError) as error:
+        words = " ".join(str(error).split())
+        raise Refused(f"init_from={source}: {words[:300]}; give a run of the same backbone and head.") from error
+
+
+def _size(module: torch.nn.Module) -> str:
+    count = sum(parameter.numel() for parameter in module.parameters())
+    return f"{count / 1e6:.1f} M" if count >= 100_000 else f"{count / 1e3:.1f} k"
