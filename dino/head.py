@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 
 class Factors(NamedTuple):
-    """Logits as the two whose product they are, bottleneck @ weight.T: much smaller where there are many prototypes."""
+    """The two factors of the logits: `logits = bottleneck @ weight.T`. Much smaller than the logits when K is large."""
 
     bottleneck: Float[Tensor, "samples bottleneck"]
     weight: Float[Tensor, "outputs bottleneck"]
@@ -76,7 +76,7 @@ class DinoProjectionHead(nn.Module):
     def factors(self, features: Float[Tensor, "batch {self.input_dim}"]) -> Factors:
         """The same before the last product, which the loss then computes for some images at a time."""
         bottleneck, weight = F.normalize(self.mlp(features), dim=-1), self.last_layer.weight
-        if torch.is_autocast_enabled(features.device.type):  # once, where a product of each part would do it again
+        if torch.is_autocast_enabled(features.device.type):  # once, not again for each part of the loss
             dtype = torch.get_autocast_dtype(features.device.type)
             bottleneck, weight = bottleneck.to(dtype), weight.to(dtype)
         return Factors(bottleneck, weight)

@@ -3,10 +3,10 @@
 Each operation equals torchvision's function of the same meaning on float images, one sample at a time; the order
 (jitter, gray, blur, solarize, normalise) is the authors'. Names ending in `_` write in place.
 
-ColorJitter takes its operations in an order of each sample's own. Here all samples go through one PROGRAM that contains
-every order; a step that a sample does not take has for it the factor that changes nothing, to the bit. So torch.compile
-meets one shape whatever is drawn, and a GPU few kernels. Eagerly on a CPU, where every step costs, samples of like
-steps go together, and the steps that none of them takes are left out.
+ColorJitter draws an order of its operations for each sample. Here every sample runs the same fixed sequence of
+operations, PROGRAM, which contains every order; an operation that a sample did not draw gets a neutral factor, which
+changes no bit of it. Shapes are static, which torch.compile needs. In eager mode on a CPU, where every operation costs
+time, samples with similar operations run together, and operations that none of them drew are skipped.
 """
 
 import math
@@ -25,10 +25,10 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = np.array(list(permutations(range(4))))  # the 24 orders in which ColorJitter may take its four operations
 PROGRAM = ["BCSH".index(step) for step in "BSBCBSBHBSBCBSBS"]  # the last is gray: a saturation of 0
 STEPS = len(PROGRAM)
-UNCHANGED = [0.0 if operation == HUE else 1.0 for operation in PROGRAM]  # the factors of a sample left as it is
+UNCHANGED = [0.0 if operation == HUE else 1.0 for operation in PROGRAM]  # the neutral factors
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights (ITU-R 601, which sum to .9999 here as there)
 SOLARIZE_THRESHOLD = 128 / 255  # PIL.ImageOps.solarize's default, on its scale of 0..255
-BLOCK = 2**16  # pixels that a CPU core takes through the program at a time: so few that its cache keeps them
+BLOCK = 2**16  # pixels per block on a CPU core: few enough for its cache
 NEGLIGIBLE = 1e-8  # the weight of a pixel, at most 1, that a sum in float32 does not feel
 
 Channel = Float[Tensor, "samples height width"]
@@ -37,7 +37,7 @@ PerSample = Float[Tensor, "samples 1 1"]
 
 @dataclass(frozen=True)
 class Draws:
-    """What happens to each sample of each view, drawn on the host: so the device is never asked which are concerned."""
+    """What happens to each sample of each view. Drawn on the host, so that nothing waits for the device."""
 
     jitter: Bool[ndarray, "views batch"]
     order: Int[ndarray, "views batch 4"]  # of BRIGHTNESS, CONTRAST, SATURATION, HUE

@@ -8,16 +8,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Tokens from which on a CPU torch's fused attention is the faster: in fp32 it is 10 to 40 % slower at 17 and 37 and a
-# fifth faster at 197; its gradients in half precision take twice the time at 197, and as long at 785.
+# Number of tokens from which torch's fused attention is faster on a CPU. In fp32 it is 10 to 40 % slower at 17 and 37
+# tokens and 20 % faster at 197; its gradients in half precision take twice as long at 197, and as long at 785.
 FUSED_FROM, FUSED_FROM_IN_HALF = 128, 768
 
 
 class Transformer(nn.Module):
     """Blocks and a final norm behind `embed`, which a child defines: images to tokens [batch, 1 + patches, dim].
 
-    drop_path: share of a batch that skips a residual branch of the last block; it rises linearly from 0 in the first.
-    gradient_checkpointing: keep only the blocks' inputs and compute them again in the backward pass.
+    drop_path: stochastic depth of the last block, the share of a batch that skips a residual branch. It rises linearly
+        from 0 in the first block.
+    gradient_checkpointing: activation checkpointing: keep only the inputs of the blocks, and recompute the rest in the
+        backward pass.
     """
 
     def __init__(
@@ -86,9 +88,9 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Attention, then an MLP, each behind a norm and added to the stream.
 
-    In training a share `drop_path` of the samples, other ones each time, skips each of the two, at no cost (compiled
-    for a CPU they are computed and left out): what the rest adds is scaled by batch / rest. It is the nearest share
-    that the batch allows (as in DINOv2, arXiv 2304.07193, Sec. 5), so that shapes stay the same from step to step.
+    In training, stochastic depth drops a fixed number of samples per batch from each residual branch (as in DINOv2,
+    arXiv 2304.07193, Sec. 5), so that shapes are static; the branch of the others is scaled by batch / kept. Dropped
+    samples are not computed, except in a model compiled for a CPU.
     """
 
     def __init__(self, hidden_dim: int, heads: int, drop_path: float = 0.0, eps: float = 1e-5) -> None:
@@ -149,11 +151,11 @@ class Block(nn.Module):
 
 
 def recompute_inner(product_of: Callable[[Tensor], Tensor], of: Tensor) -> Tensor:
-    """`product_of(of)`, a norm or a GELU and then a product, without what lies between kept for the backward pass.
+    """Runs `product_of(of)` (a norm or GELU, then a Linear), and recomputes the norm or GELU in the backward pass
+    instead of storing its output.
 
-    It is computed again there, and no product is: torch stops as soon as it has what was not kept. It takes a third off
-    what a block keeps, and a hundredth more time (ViT-S/16 in fp32 on a CPU). A compiled model decides for itself; a
-    CPU's products in half precision are so fast that the rest would take a sixth more, so there all is kept.
+    No product is computed twice. A block keeps a third less, and takes 1 % more time (ViT-S/16 in fp32 on a CPU). Off in
+    a compiled model, whose compiler decides for itself, and in half precision on a CPU, where it would cost 17 %.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or half_on_cpu(of):
         return product_of(of)
@@ -162,7 +164,7 @@ def recompute_inner(product_of: Callable[[Tensor], Tensor], of: Tensor) -> Tenso
 
 
 def explicit_attention_is_faster(hidden: Tensor) -> bool:
-    """Whether attention between these tokens takes less time as two products and a softmax than fused."""
+    """Whether attention as two products and a softmax is faster than torch's fused attention for these tokens."""
     least = FUSED_FROM_IN_HALF if half_on_cpu(hidden) and torch.is_grad_enabled() else FUSED_FROM
     return hidden.device.type == "cpu" and hidden.shape[1] < least
 

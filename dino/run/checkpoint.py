@@ -130,8 +130,8 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 def write_step(directory: Path, content: dict[str, Any], keep: int = 2, best: bool = False) -> Path:
     """Writes a run's checkpoint below directory/checkpoints; its `iteration` names it.
 
-    Then all but this one and the `keep` - 1 before it go: one of a later step was passed over as broken. With `best`,
-    this one is kept as best.pt too (a second name of the same file, no second copy).
+    Keeps this checkpoint and the `keep - 1` before it. Checkpoints of later steps are deleted too: the run came here
+    because they were broken. With `best`, this one also stays as best.pt (a hard link, not a copy).
     """
     path = directory / FOLDER / f"step_{content['iteration']:09d}.pt"
     write_checkpoint(path, content)

@@ -72,7 +72,7 @@ class Finite:
 def check_finite(state: Mapping[str, Any], step: int) -> None:
     """Raises NonFiniteLoss, on all processes, where weights, statistics or center in a run's `state` are not finite.
 
-    A finite gradient can still make a weight overflow, and of a step that is left out the batch norms have seen all.
+    Weights can overflow with finite gradients, and batch-norm statistics include the steps that were skipped.
     """
     values = {
         f"{part}.{name}": value

@@ -160,15 +160,15 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
 
 
 def rank_indices(total: int) -> list[int]:
-    """Which of `total` rows this process computes, so that `gathered` can join them: as many on each process, every
-    world_size-th; the last may repeat others."""
+    """The rows, of `total`, that this process computes and `all_gather_rows` joins: strided shards of equal length, the
+    last of which may wrap around."""
     rank, size = (0, 1) if is_single_process() else (dist.get_rank(), dist.get_world_size())
     return [index % total for index in range(rank, -(-total // size) * size, size)]
 
 
 @torch.no_grad()
 def all_gather_rows(rows: Shaped[Tensor, "mine ..."], total: int, chunk: int = 65536) -> Shaped[Tensor, "{total} ..."]:
-    """All `total` rows, in order and on every process, each of which gives those of `my_share(total)`.
+    """All `total` rows, in order and on every process, each of which gives those of `rank_indices(total)`.
 
     Moves at most `chunk` rows a process at a time.
     """
