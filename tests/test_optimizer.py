@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import dino
 from dino.backbone.resnet import ResNet
 from dino.backbone.vit_tiny import ViTTiny
 from dino.head import DinoProjectionHead
@@ -106,3 +107,30 @@ def test_lars_moves_a_weight_of_zero():
 def test_lars_refuses_values_that_cannot_work(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         LARS([nn.Parameter(torch.zeros(1))], **({"lr": 0.1} | change))
+
+
+RUN = ["dataset.train.images=256", "training.batch_size=64", "training.gradient_accumulation_steps=2", "device=cpu"]
+RUN += ["dataset.train.size=48", "dataset.global_size=32", "dataset.local_size=16", "backbone.depth=1"]
+LARGE = ["scheduler.final_weight_decay=0.1", "scheduler.reference_batch_size=64"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "decay", "final_decay", "peak"),
+    [
+        (["optimizer=adamw"], 0.04, 0.4, 1e-3),
+        (["optimizer=sgd"], 1e-4, 1e-4, 0.03 * 128 / 256),
+        (["optimizer=lars"], 1e-6, 1e-6, 0.3 * 128 / 256),
+        (["optimizer=sgd", "optimizer.lr=0.1", "optimizer.weight_decay=0.01"], 0.01, 0.01, 0.1 * 128 / 256),
+        (["optimizer=sgd", *LARGE], 1e-4, 0.1, 0.03 * 128 / 64),
+        (["optimizer=adamw", *LARGE], 0.04, 0.1, 1e-3 * 128 / 64),
+        (["optimizer=adamw", "optimizer.final_weight_decay=0.2"], 0.04, 0.2, 1e-3),
+    ],
+)
+def test_rate_and_decay_are_the_recipe_of_the_optimizers_yaml(overrides, decay, final_decay, peak):
+    run = dino.build(dino.compose([*RUN, *overrides]))
+    assert run.effective_batch == 128
+    first, last = run.schedule(0), run.schedule(run.total_steps)
+    assert (first.weight_decay, last.weight_decay) == pytest.approx((decay, final_decay))
+    assert run.schedule(run.schedule.warmup_steps).learning_rate == pytest.approx(peak)
+    run.schedule(0).apply(run.optimizer)
+    assert sorted({group["weight_decay"] for group in run.optimizer.param_groups}) == pytest.approx([0.0, decay])

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from dino.config.machine import check_machine
 from dino.config.node import Misfit, Problems, TooLarge, did_you_mean, fitted, is_node, misfits
-from dino.config.trial import GIVEN_BY_THE_RUN, try_parts
+from dino.config.trial import GIVEN_BY_THE_RUN, arguments_of, try_parts
 from dino.runtime.device import DEVICES
 from dino.runtime.nested import value_at
 from dino.runtime.processes import place
@@ -127,7 +127,7 @@ def check(config: Any, here: bool = True) -> list[str]:
     problems = Problems()
     _check_own_keys(config, problems)
     for path, node in nodes(config):
-        for key, text in misfits(path, node, GIVEN_BY_THE_RUN.get(path, {})):
+        for key, text in misfits(path, arguments_of(path, node), GIVEN_BY_THE_RUN.get(path, {})):
             problems.add(key, text)
     _check_between_parts(config, problems)
     parameters = try_parts(config, problems)

@@ -35,6 +35,8 @@ GIVEN_BY_THE_RUN: dict[str, dict[str, tuple[str, Any]]] = {
     },
 }
 
+# Keys of a node that its class does not take: the YAMLs of other parts read them, by interpolation.
+READ_BY_OTHERS = {"optimizer": ("final_weight_decay", "reference_batch_size")}
 
 BUGS = (NameError, AttributeError, SyntaxError)  # a mistake in a class, not in its values: its traceback is what helps
 
@@ -65,6 +67,11 @@ def try_parts(config: Mapping[str, Any], problems: Problems) -> int:
     for name in config["logger"] if isinstance(config.get("logger"), Mapping) else ():
         _attempt(f"logger.{name}", config, problems)
     return sum(p.numel() for part in (backbone, head) if hasattr(part, "parameters") for p in part.parameters())
+
+
+def arguments_of(path: str, node: dict[str, Any]) -> dict[str, Any]:
+    """The node at `path` of a config, without the keys that only other parts read."""
+    return {key: value for key, value in node.items() if key not in READ_BY_OTHERS.get(path, ())}
 
 
 def _check_forward(backbone: Any, config: Mapping[str, Any], problems: Problems) -> None:
@@ -117,7 +124,7 @@ def _attempt(
     node = value_at(config, path)
     if not is_node(node) or f"{path}._target_" in problems or f"{path}._partial_" in problems:
         return None
-    target = locate(node["_target_"])
+    node, target = arguments_of(path, node), locate(node["_target_"])
     name = str(node["_target_"]).rpartition(".")[2]
     takes, hints, sources = inspect.signature(target).parameters, annotations(target), GIVEN_BY_THE_RUN.get(path, {})
     origin = {key: f"{path}.{key}" for key in node if key not in ("_target_", "_partial_")}
@@ -173,13 +180,13 @@ def _attempt(
     ):
         return None  # misfits has said what is missing
     while (error := error_of(given)) is not None:
-        key = _to_blame(error, name, given, without, error_of)
-        if key is None:
+        blamed = _to_blame(error, name, given, without, error_of)
+        if blamed is None:
             problems.add(path, f"{path}: {_words(error, name)}")
             return None
-        value = "" if key in sources and late.get(key) is None else f"={shown(given[key])}"
-        problems.add(origin[key], f"{origin[key]}{value}: {_words(error, name)}")
-        rest = without(key)
+        value = "" if blamed in sources and late.get(blamed) is None else f"={shown(given[blamed])}"
+        problems.add(origin[blamed], f"{origin[blamed]}{value}: {_words(error, name)}")
+        rest = without(blamed)
         if rest is None or rest == given:
             return None
         given = rest

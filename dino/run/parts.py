@@ -12,6 +12,7 @@ import torch
 from dino.augmentation import DINOTransform
 from dino.config.check import nodes
 from dino.config.node import build_node
+from dino.config.trial import arguments_of
 from dino.dataset.cache import cached
 from dino.evaluator.knn import Measured
 from dino.loading.batches import Steps, TrainLoader, accumulation_for, steps_in_epoch, steps_of
@@ -218,7 +219,9 @@ def _learner(config: dict[str, Any], data: Data, schedule: Schedule, device: tor
         student=student,
         teacher=teacher,
         loss=_loss(config["loss"], data.transform).to(device),
-        optimizer=build_node(config["optimizer"], params=parameter_groups(student, head.last_layer)),
+        optimizer=build_node(
+            arguments_of("optimizer", config["optimizer"]), params=parameter_groups(student, head.last_layer)
+        ),
         schedule=schedule,
         max_norm=float(training["gradient_clip"] or math.inf),
         autocast=autocast_for(device, precision),
