@@ -44,6 +44,9 @@ KEYS_OF_EFFECTIVE_BATCH = (
     "training.effective_batch",
 )
 
+# A resume may change these keys: they say where the images lie. The fingerprint of the train images must stay the same.
+KEYS_OF_PLACE = tuple(f"dataset.{key}" for key in ("root", "train.root", "val.root", "train.download", "val.download"))
+
 
 @contextlib.contextmanager
 def lock(directory: Path) -> Iterator[None]:
@@ -124,14 +127,18 @@ def changes_no_result(key: str) -> bool:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, value before, value now) of every setting that differs, but for those that a resume may change."""
+    """(key, value before, value now) of every setting that differs, but for those that a resume may change.
+
+    A key that is new is no difference: the run began without it, in an older version of this program, say.
+    """
     old, new = dict(flat(before)), dict(flat(now))
     return [
-        (key, old.get(key, "unset"), new.get(key, "unset"))
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, "unset") != new.get(key, "unset")
+        (key, old[key], new.get(key, "unset"))
+        for key in sorted(old)
+        if old[key] != new.get(key, "unset")
         and not changes_no_result(key)
         and key not in KEYS_OF_EFFECTIVE_BATCH
+        and key not in KEYS_OF_PLACE
     ]
 
 

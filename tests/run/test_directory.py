@@ -72,8 +72,23 @@ def test_keys_that_change_no_result_may_differ():
     assert differences(before, {**now, "training": {"num_workers": 0, "epochs": 4}}) == [("training.epochs", 3, 4)]
 
 
-def test_a_key_that_came_or_went_is_a_difference():
-    assert differences({"a": {"b": 1}}, {"a": {"c": 1}}) == [("a.b", 1, "unset"), ("a.c", "unset", 1)]
+def test_a_key_that_is_gone_or_has_another_value_is_refused_and_one_that_is_new_is_not(tmp_path):
+    claim(tmp_path, {"a": {"b": 1, "d": 2}})
+    with pytest.raises(ValueError, match=r"\(a.b was 1, now 'unset'; a.d was 2, now 3\)"):
+        check_claim(tmp_path, {"a": {"c": 1, "d": 3}})
+    check_claim(tmp_path, {"a": {"b": 1, "c": None, "d": 2}, "e": {"f": 1}})
+
+
+def test_data_may_lie_elsewhere_on_resume():
+    def config(root, download, size):
+        parts = {
+            split: {"root": root, "split": split, "size": size, "download": download} for split in ("train", "val")
+        }
+        return {"dataset": {"root": root, **parts}}
+
+    assert differences(config("data", True, 160), config("/scratch/7", False, 160)) == []
+    changed = differences(config("data", True, 160), config("/scratch/7", False, 320))
+    assert changed == [("dataset.train.size", 160, 320), ("dataset.val.size", 160, 320)]
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "{", "\x00"])
