@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 
+from dino.history.file import read_metadata
 from dino.runtime.files import atomic_write
 
 if TYPE_CHECKING:
@@ -154,12 +155,15 @@ class History:
     ) -> "History":
         """The history as it was at `state_dict()`, whatever was written to the file since; the file is cut back to it.
 
-        metadata: what the state does not have, such as the config.
+        metadata: what the state does not have, such as the config. What `python -m dino.evaluate` wrote into the file
+        since ("evaluations") stays.
 
         FileNotFoundError or ValueError where the file no longer holds the entries of that time.
         """
         path = Path(path)
         history = cls({**(metadata or {}), **state["metadata"]})
+        if (evaluations := read_metadata(path).get("evaluations")) is not None:
+            history.metadata["evaluations"] = evaluations
         history._entries["epoch"] = [dict(entry) for entry in state["epoch_metrics"]]
         if state["iterations"] == 0:
             return history

@@ -3,9 +3,7 @@
 import contextlib
 import errno
 import fcntl
-import json
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from typing import IO, Any, Literal
 
 import yaml
 
+from dino.history.file import read_metadata
 from dino.runtime.files import atomic_write
 from dino.runtime.nested import flat
 from dino.runtime.refused import Refused
@@ -163,7 +162,9 @@ def state_of(directory: Path) -> State:
     stopped, and of one that waits for its requeue.
     """
     steps = [int(path.stem[5:]) for path in (directory / "checkpoints").glob("step_*.pt") if path.stem[5:].isdecimal()]
-    step, total = max(steps, default=0), _total_steps(directory / "history.json")
+    step, total = max(steps, default=0), read_metadata(directory / "history.json").get("total_steps")
+    if not isinstance(total, int):
+        total = None
     if steps and step == total:
         return State("finished", step, total)
     if is_held(directory):
@@ -201,18 +202,3 @@ def _take(file: IO[bytes]) -> None:
             time.sleep(0.01)
     file.truncate(0)
     file.write(f"{socket.gethostname()} pid {os.getpid()}\n".encode())
-
-
-def _total_steps(history: Path) -> int | None:
-    """From the metadata of a history.json, which is its last line: the file itself may be large."""
-    try:
-        with open(history, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            for tail in (65536, size):
-                file.seek(max(0, size - tail))
-                if found := re.search(rb'^"metadata": (.*)\}\s*\Z', file.read(), re.MULTILINE):
-                    steps = json.loads(found[1])["total_steps"]
-                    return steps if isinstance(steps, int) else None
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or being written at this moment
-        pass
-    return None

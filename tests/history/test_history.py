@@ -287,6 +287,26 @@ def test_a_process_killed_while_writing_loses_nothing_before_its_checkpoint(tmp_
         assert resumed.get_metric("loss") == [i / 8 for i in range(41)]
 
 
+def test_a_resumed_run_keeps_the_evaluations_that_were_written_since_its_checkpoint(tmp_path):
+    path = tmp_path / "history.json"
+    history = History({"config": {"seed": 1}})
+    record(history, range(4))
+    history.save(path)
+    state = history.state_dict()
+    measured = History.load(path)  # as `python -m dino.evaluate` does it
+    measured.metadata |= {"evaluations": [{"measured": {"linear": 0.75}}], "collapse": ["after the checkpoint"]}
+    measured.save(path)
+
+    resumed = History.resume(path, state, {"config": {"seed": 1}})
+    assert content(path)["metadata"]["evaluations"] == [{"measured": {"linear": 0.75}}]
+    assert "collapse" not in resumed.metadata
+    record(resumed, [4])
+    resumed.save(path)
+    assert content(path)["metadata"]["evaluations"] == [{"measured": {"linear": 0.75}}]
+    again = History.resume(path, resumed.state_dict())
+    assert again.metadata["evaluations"] == [{"measured": {"linear": 0.75}}]
+
+
 def test_a_run_killed_before_its_first_entry_starts_its_history_afresh(tmp_path):
     state = History().state_dict()
     (tmp_path / "history.json").write_text("left by the killed run")
