@@ -1,6 +1,5 @@
 """What a run measured: every number of every logged step and epoch, in `history.json`, with its plots."""
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 
-from dino.history.file import read_metadata
+from dino.history.file import HistoryFile, read, read_metadata
 from dino.runtime.files import atomic_write
 
 if TYPE_CHECKING:
@@ -17,13 +16,6 @@ if TYPE_CHECKING:
 
 Level = Literal["iteration", "epoch"]
 Metrics = Mapping[str, SupportsFloat | str]  # by name; NumPy's and torch's scalars are numbers too
-
-# The file is a head that only grows and a short tail that each save writes anew, one entry a line:
-#   {"iteration_metrics": [          head, up to the end of the last iteration's entry: `offset` bytes
-#   {...},
-#   {...}
-#   ], "epoch_metrics": [...], "metadata": {...}}    tail
-HEAD = b'{"iteration_metrics": ['
 
 
 class History:
@@ -37,8 +29,7 @@ class History:
     def __init__(self, metadata: Mapping[str, Any] | None = None) -> None:
         self.metadata: dict[str, Any] = {"created_at": _now(), **(metadata or {})}
         self._entries: dict[Level, list[dict[str, Any]]] = {"iteration": [], "epoch": []}
-        self._path: Path | None = None  # where the head below was written
-        self._offset, self._saved = 0, 0  # bytes of the head, and the iterations in it
+        self._file = HistoryFile()  # as last saved
 
     def record_iteration(self, iteration: int, metrics: Metrics) -> None:
         """Iterations must rise: a repeated one is a ValueError, so that a wrong resume shows at once."""
@@ -88,46 +79,17 @@ class History:
         return frame
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes what is new since the last save to this path: the time does not grow with the iterations before.
+        """Writes what is new since the last save to this path: what that costs does not grow with the run.
 
         The first save to a path replaces whatever stands there. A disk that is full leaves the last save (OSError).
         """
-        path = Path(path)
-        known = self._saved > 0 and path == self._path and path.is_file() and path.stat().st_size >= self._offset
-        first, at = (self._saved, self._offset) if known else (0, 0)
-        new = self._head(first)
-        if known:
-            with path.open("r+b", buffering=0) as file:  # unbuffered: one write, so that a kill can hardly fall in it
-                file.seek(at)
-                before = file.read()
-                try:
-                    _write_end(file, new + self._tail(), at)
-                except OSError:
-                    _write_end(file, before, at)  # over what it had room for
-                    raise
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as partial:
-                partial.write_bytes(new + self._tail())
-        self._path, self._offset, self._saved = path, at + len(new), len(self._entries["iteration"])
+        self._file.write(Path(path), self._entries["iteration"], self._entries["epoch"], self.metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "History":
         """Reads a saved history whole; ValueError where the file is no complete one."""
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"history: no file at {path}; expected the history.json of a run.")
-        try:
-            content = json.loads(path.read_bytes())
-            metadata, iterations, epochs = (content[key] for key in ("metadata", "iteration_metrics", "epoch_metrics"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"history: {path} is not a complete history ({error}); give the history.json of a run. "
-                "If the run was killed while writing it, start the run again: it mends the file."
-            ) from error
         history = cls()
-        history.metadata = metadata
-        history._entries = {"iteration": _nan_for_null(iterations), "epoch": _nan_for_null(epochs)}
+        history.metadata, history._entries["iteration"], history._entries["epoch"] = read(Path(path))
         return history
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,16 +98,16 @@ class History:
 
         The file is on the disk when this returns, so that no checkpoint points past its end.
         """
-        unsaved = len(self._entries["iteration"]) - self._saved
+        unsaved = len(self._entries["iteration"]) - self._file.iterations
         if unsaved:
             raise ValueError(f"history: {unsaved} iterations are not in the file; call save(path) before state_dict().")
-        if self._path is not None:
-            with self._path.open("rb") as file:
+        if self._file.path is not None:
+            with self._file.path.open("rb") as file:
                 os.fsync(file.fileno())
         return {
             "metadata": {key: value for key, value in self.metadata.items() if key != "config"},
-            "offset": self._offset,
-            "iterations": self._saved,
+            "offset": self._file.offset,
+            "iterations": self._file.iterations,
             "epoch_metrics": [dict(entry) for entry in self._entries["epoch"]],
         }
 
@@ -167,23 +129,8 @@ class History:
         history._entries["epoch"] = [dict(entry) for entry in state["epoch_metrics"]]
         if state["iterations"] == 0:
             return history
-        what_to_do = "Put the run's own history.json back, or start in another directory with init_from=<this run>."
-        if not path.is_file():
-            raise FileNotFoundError(f"history: {path} is gone, but the checkpoint goes on from it. {what_to_do}")
-        with path.open("r+b", buffering=0) as file:
-            head = file.read(state["offset"])
-            try:
-                iterations = json.loads(head + b"]}")["iteration_metrics"]
-            except (ValueError, KeyError, TypeError):
-                iterations = []
-            if len(iterations) != state["iterations"]:
-                raise ValueError(
-                    f"history: the first {state['offset']} bytes of {path} should hold {state['iterations']} "
-                    f"iterations, as they did when the checkpoint was written, but do not. {what_to_do}"
-                )
-            history._entries["iteration"] = _nan_for_null(iterations)
-            history._path, history._offset, history._saved = path, state["offset"], state["iterations"]
-            _write_end(file, history._tail(), state["offset"])  # a complete file again, before the first new save
+        history._file, history._entries["iteration"] = HistoryFile.cut_back(path, state["offset"], state["iterations"])
+        history.save(path)  # a complete file again, before the first new entry
         return history
 
     def plot_loss(
@@ -246,23 +193,6 @@ class History:
                 return float(loss / relative)
         return None
 
-    def _head(self, first: int) -> bytes:
-        """The part of the head from iteration entry `first` on."""
-        lines = [_json(entry) for entry in self._entries["iteration"][first:]]
-        return b"".join(b",\n" + line for line in lines) if first else HEAD + b"\n" + b",\n".join(lines)
-
-    def _tail(self) -> bytes:
-        epochs = b",\n".join(_json(entry) for entry in self._entries["epoch"])
-        return b'\n],\n"epoch_metrics": [\n' + epochs + b'\n],\n"metadata": ' + _json(self.metadata) + b"}\n"
-
-
-def _write_end(file: Any, content: bytes, at: int) -> None:
-    """Writes `content` from byte `at` on and ends the file there."""
-    file.seek(at)
-    while content:  # a raw file may take less than it is given
-        content = content[file.write(content) :]
-    file.truncate()
-
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -271,21 +201,3 @@ def _now() -> str:
 def _plain(values: Metrics) -> dict[str, Any]:
     """NumPy's and torch's scalars as Python's."""
     return {name: value if isinstance(value, int | str) else float(value) for name, value in values.items()}
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(_null_for_nan(value), allow_nan=False, default=str).encode()
-
-
-def _null_for_nan(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _null_for_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_null_for_nan(item) for item in value]
-    return value
-
-
-def _nan_for_null(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: math.nan if value is None else value for key, value in entry.items()} for entry in entries]

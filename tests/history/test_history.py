@@ -1,11 +1,13 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,7 +58,7 @@ def test_the_file_holds_what_was_recorded_with_utc_times(tmp_path):
 
 
 @pytest.mark.parametrize("first", [0, 1, 2], ids="first save after {} iterations".format)
-def test_many_small_saves_write_the_file_of_one_save(tmp_path, first):
+def test_many_small_saves_write_the_content_of_one_save(tmp_path, first):
     history = History()
     record(history, range(first))
     history.save(tmp_path / "often.json")
@@ -66,7 +68,7 @@ def test_many_small_saves_write_the_file_of_one_save(tmp_path, first):
             history.record_epoch(i // 2, {"loss": float(i)})
         history.save(tmp_path / "often.json")
     history.save(tmp_path / "once.json")
-    assert (tmp_path / "often.json").read_bytes() == (tmp_path / "once.json").read_bytes()
+    assert content(tmp_path / "often.json") == content(tmp_path / "once.json")
     assert [entry["iteration"] for entry in content(tmp_path / "often.json")["iteration_metrics"]] == list(range(6))
 
 
@@ -105,6 +107,51 @@ def test_a_file_deleted_or_cut_during_the_run_is_written_whole_again(tmp_path):
     record(history, [4])
     history.save(path)
     assert [entry["iteration"] for entry in content(path)["iteration_metrics"]] == [0, 1, 2, 3, 4]
+
+
+def bytes_written():
+    """By this process so far, as the kernel counts them."""
+    return int(re.search(r"wchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts a process's bytes")
+@pytest.mark.parametrize("epochs", [10, 1000])
+def test_a_save_writes_what_is_new_however_many_epochs_and_settings_there_are(tmp_path, epochs):
+    path = tmp_path / "history.json"
+    history = History({"config": {"text": "x" * 20 * epochs}})
+    for epoch in range(epochs):
+        history.record_epoch(epoch, {"loss": 5.0, "knn": 0.5})
+    record(history, [0])
+    history.save(path)
+    offset, before = history.state_dict()["offset"], bytes_written()
+    for i in range(1, 1001):
+        record(history, [i])
+        history.save(path)
+    written = bytes_written() - before
+    assert written < 4 * (history.state_dict()["offset"] - offset)  # the entries, and the rest seldom
+    assert len(content(path)["epoch_metrics"]) == epochs and len(content(path)["iteration_metrics"]) == 1001
+
+
+def test_what_changes_in_the_metadata_and_the_epochs_is_in_the_next_save(tmp_path):
+    path = tmp_path / "history.json"
+    history = History({"config": {"seed": 1}})
+    record(history, [0])
+    history.save(path)
+    history.metadata.setdefault("collapse", []).append("first")
+    history.save(path)
+    history.metadata["collapse"].append("second")
+    record(history, [1])
+    history.save(path)
+    assert content(path)["metadata"]["collapse"] == ["first", "second"]
+    history.record_epoch(1, {"loss": 2.0})
+    history.save(path)
+    history.record_epoch(1, {"knn": 0.5})
+    history.save(path)
+    assert without_times(content(path)["epoch_metrics"]) == [{"epoch": 1, "loss": 2.0, "knn": 0.5}]
+    del history.metadata["collapse"]
+    history.save(path)
+    assert content(path)["metadata"].keys() == {"created_at", "config"}
+    assert [entry["iteration"] for entry in content(path)["iteration_metrics"]] == [0, 1]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
