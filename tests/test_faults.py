@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -290,3 +291,38 @@ def test_a_worker_of_the_evaluation_that_hangs_ends_the_run(tmp_path, monkeypatc
     monkeypatch.setattr(workers, "PATIENCE", 2.0)
     with pytest.raises(WorkerLost, match="have handed over nothing for 2 s"):
         trained(tmp_path / "a", *KNN, WORKER, "dataset.val._target_=test_faults.HangsInEvaluation")
+
+
+class SlowOnce(Textures):
+    """The 30th image that a worker reads takes 4 seconds, and leaves a file where the program runs."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if self.reads == 30:
+            Path(f"reads_{os.getpid()}").touch()
+            time.sleep(4)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGINT, signal.SIGUSR2))]
+)
+def test_a_signal_to_the_whole_process_group_while_a_batch_is_waited_for_saves_and_leaves_no_worker(tmp_path, signum):
+    slow = ["training.num_workers=2", "dataset.train._target_=test_faults.SlowOnce"]
+    arguments = [sys.executable, "-m", "dino.train", *SHORT, *slow]
+    environment = {**os.environ, "PYTHONPATH": ":".join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as stopped:
+        while stopped.poll() is None and len(list(tmp_path.glob("reads_*"))) < 2:
+            time.sleep(0.005)
+        time.sleep(1)  # the batches before are used up
+        os.killpg(stopped.pid, signum)
+        _, said = stopped.communicate(timeout=60)
+    assert stopped.returncode == 128 + signum, said
+    assert f"stopped by {signum.name}; the same command resumes" in said
+    assert 1 < final(tmp_path / "outputs" / "a")["iteration"] < 36
+    with pytest.raises(ProcessLookupError):  # nobody is left in it
+        os.killpg(stopped.pid, 0)

@@ -154,8 +154,8 @@ def recompute_inner(product_of: Callable[[Tensor], Tensor], of: Tensor) -> Tenso
     """Runs `product_of(of)` (a norm or GELU, then a Linear), and recomputes the norm or GELU in the backward pass
     instead of storing its output.
 
-    No product is computed twice. A block keeps a third less, and takes 1 % more time (ViT-S/16 in fp32 on a CPU). Off in
-    a compiled model, whose compiler decides for itself, and in half precision on a CPU, where it would cost 17 %.
+    No product is computed twice. A block keeps a third less, and takes 1 % more time (ViT-S/16 in fp32 on a CPU). Off
+    in a compiled model, whose compiler decides for itself, and in half precision on a CPU, where it would cost 17 %.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or half_on_cpu(of):
         return product_of(of)

@@ -2,7 +2,10 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +147,120 @@ def test_what_a_worker_raises_is_nobody_elses():
         for _, parts in steps(Gray(broken), count=1):
             list(parts)
     assert not isinstance(raised.value, WorkerLost)
+
+
+class Slow:
+    """An image takes `seconds`."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        return index
+
+
+CONTEXTS = [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("spawn", "forkserver"))]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_workers_outlive_the_signals_that_stop_a_run(context):
+    batches = iter(workers.Loader(Slow(0.01), batch_size=4, num_workers=2, multiprocessing_context=context))
+    seen = [next(batches)]
+    for worker in multiprocessing.active_children():
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            os.kill(worker.pid, signum)
+    seen += batches
+    assert torch.equal(torch.cat(seen), torch.arange(64))
+
+
+def test_a_signal_in_the_moment_in_which_workers_start_reaches_none_of_them(monkeypatch):
+    """Each fork is followed by the signals, before the worker has run a line of Python."""
+    fork, pids = os.fork, []
+
+    def fork_and_signal():
+        if pid := fork():
+            pids.append(pid)
+            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+                os.kill(pid, signum)
+        return pid
+
+    monkeypatch.setattr(os, "fork", fork_and_signal)
+    loader = workers.Loader(Slow(0.01), batch_size=4, num_workers=2)
+    assert torch.equal(torch.cat(list(loader)), torch.arange(64))
+    assert len(pids) == 2
+
+
+def test_the_process_itself_gets_signals_as_before():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    batches = iter(workers.Loader(Slow(0.01), batch_size=4, num_workers=1))
+    next(batches)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+class SlowAfter(Slow):
+    """Image 4 and those after it take `seconds`."""
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds if index >= 4 else 0)
+        return index
+
+
+def test_a_loader_that_is_closed_ends_workers_that_are_in_the_middle_of_an_image():
+    batches = iter(workers.Loader(SlowAfter(1000), batch_size=4, num_workers=2))
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    started = time.monotonic()
+    batches.close()
+    assert multiprocessing.active_children() == []
+    assert time.monotonic() - started < 25  # torch waits 5 s for each
+
+
+PARENT = """
+import multiprocessing, sys
+from dino.loading.workers import Loader
+from test_workers import SlowAfter
+if __name__ == "__main__":
+    context = sys.argv[1] if len(sys.argv) > 1 else None
+    batches = iter(Loader(SlowAfter(1000), batch_size=4, num_workers=2, multiprocessing_context=context))
+    next(batches)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    sys.stdin.readline()
+    sys.modules["kept"] = batches  # the end of the program closes it, if anything does
+"""
+
+
+def alive(pids):
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("killed", [True, False])
+def test_no_worker_outlives_its_parent(tmp_path, killed, context):
+    program = tmp_path / "parent.py"
+    program.write_text(PARENT)
+    folders = f"{Path(__file__).parents[2]}:{Path(__file__).parent}"
+    with subprocess.Popen(
+        [sys.executable, program, *([context] if context else [])],
+        env={**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(alive(pids)) == 2
+        if killed:
+            parent.kill()
+        else:
+            parent.stdin.write("\n")
+            parent.stdin.flush()
+        parent.wait(timeout=60)
+    ends = time.monotonic() + 20
+    while alive(pids) and time.monotonic() < ends:
+        time.sleep(0.1)
+    assert alive(pids) == []
