@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 # them is waited for, and a run that hangs over night loses ten minutes of it.
 PATIENCE = 600.0
 GRACE = 1.0  # seconds for the workers of a closed loader to end by themselves
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # those of dino.run.journal.StopSignal
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # those of dino.run.stop.StopSignal
 HANGS = "the data workers (pids {}) have handed over nothing for {:g} s: the disk, or what reads the images, hangs"
 END = object()
 
