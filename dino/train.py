@@ -14,6 +14,7 @@ from dino.model import update_teacher_EMA
 from dino.optimizer import clip_gradients
 from dino.run.learner import Learner
 from dino.run.step import Step
+from dino.runtime.importing import find_in_current_folder
 from dino.runtime.sharding import no_sync
 
 
@@ -47,6 +48,7 @@ def train(
 def main() -> None:
     from dino.config import command
 
+    find_in_current_folder()
     command("train")(attempt)()
 
 

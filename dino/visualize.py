@@ -41,6 +41,7 @@ from dino.report.pictures import (
     unique_names,
 )
 from dino.runtime.device import choose_device
+from dino.runtime.importing import find_in_current_folder
 from dino.runtime.memory import is_out_of_memory
 from dino.runtime.refused import Refused
 from dino.weights import load_teacher
@@ -81,6 +82,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (%(default)s)")
     arguments = vars(parser.parse_args())
+    find_in_current_folder()
     try:
         print("\n".join(visualize(**arguments)))
     except (Refused, ValueError, OSError) as error:

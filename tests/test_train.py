@@ -1,5 +1,6 @@
 """The whole thing: the loop against the paper, and the program as a user runs it."""
 
+import importlib
 import math
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -536,3 +538,38 @@ def test_the_paper_s_vit_trains_on_real_photographs(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "9,469 images, 10 classes" in done.stderr
+
+
+# ---- the console scripts ---------------------------------------------------------------------------------------------
+
+NET = """
+from torch import nn
+
+class Net(nn.Module):
+    output_dim = 4
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, images):
+        return self.layer(images.mean((2, 3)))
+"""
+
+
+@pytest.mark.slow
+def test_the_console_script_trains_a_class_of_the_current_folder_as_python_m_does(tmp_path):
+    (tmp_path / "of_mine.py").write_text(NET)
+    script = Path(sys.executable).with_name("dino-train")
+    tiny = [override for override in TINY if not override.startswith("backbone.")]
+    mine = ["~backbone", "+backbone={_target_: of_mine.Net}", "training.max_steps=1", "name=a"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([script, *tiny, *mine], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert final(tmp_path / "outputs" / "a")["config"]["backbone"] == {"_target_": "of_mine.Net"}
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "visualize", "compare"])
+def test_every_command_is_a_console_script(command):
+    (script,) = entry_points(group="console_scripts", name=f"dino-{command}")
+    assert script.load() is importlib.import_module(f"dino.{command}").main
