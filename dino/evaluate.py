@@ -42,7 +42,7 @@ from dino.history import History
 from dino.logger import Loggers
 from dino.run.checkpoint import FOLDER, newest_checkpoint
 from dino.run.directory import CONFIG, lock, state_of
-from dino.runtime.device import choose_device, choose_precision, default_workers, describe
+from dino.runtime.device import choose_precision, default_workers, describe, use_device
 from dino.runtime.refused import Refused
 from dino.weights import load_teacher
 from dino.weights.allowlist import allowed
@@ -228,7 +228,7 @@ def from_run(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def measures_of(config: dict[str, Any], subject: Subject) -> Measures:
     """As in training, down to the size at which images are kept in memory: so k-NN is that of the run's history."""
-    device, workers, dataset = choose_device(config["device"]), config["num_workers"], subject.dataset
+    device, workers, dataset = use_device(config["device"]), config["num_workers"], subject.dataset
     cache = dataset.get("cache", "none")
     data = cached(
         {split: build_node(dataset[split]) for split in ("train", "val")}, cache, dataset.get("cache_side"), device, 1

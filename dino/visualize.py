@@ -40,7 +40,7 @@ from dino.report.pictures import (
     row_of,
     unique_names,
 )
-from dino.runtime.device import choose_device
+from dino.runtime.device import use_device
 from dino.runtime.importing import find_in_current_folder
 from dino.runtime.memory import is_out_of_memory
 from dino.runtime.refused import Refused
@@ -121,7 +121,7 @@ def visualize(
             raise Refused(f"--{name} must be {least} or more{f', at most {most}' * (most < math.inf)}, got {value}.")
     if mass is not None and not 0 < mass <= 1:
         raise Refused(f"--mass must be a fraction above 0 and at most 1, got {mass}.")
-    model, on = load_teacher(checkpoint, trust), choose_device(device)
+    model, on = load_teacher(checkpoint, trust), use_device(device)
     backbone = model.backbone.to(on)
     known: dict[str, Any] = model.preprocessing  # type: ignore[assignment]
     if foreground and not has_attention(backbone):

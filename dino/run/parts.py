@@ -22,7 +22,7 @@ from dino.model import DinoModel, make_teacher
 from dino.optimizer import parameter_groups
 from dino.run.learner import Learner
 from dino.runtime.batch_norm import synchronise_batch_norm
-from dino.runtime.device import autocast_for, choose_device, choose_precision, default_workers, describe
+from dino.runtime.device import autocast_for, choose_precision, default_workers, describe, use_device
 from dino.runtime.processes import Place, barrier_refusals, broadcast_buffers, place, rank_zero_first, topology
 from dino.runtime.refused import Refused
 from dino.runtime.rng import seed_all
@@ -135,7 +135,7 @@ class Parts:
 
 def assemble(config: dict[str, Any]) -> Parts:
     """Builds every part, on its device. Raises Refused, in sentences, where one can't be had."""
-    device = choose_device(config["device"])
+    device = use_device(config["device"])
     precision, here = choose_precision(config["precision"], device), place()
     words, on_this_machine = topology(device)
     data = _data(config, device, here, on_this_machine)

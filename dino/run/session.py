@@ -27,7 +27,7 @@ from dino.run.run import Run, newest_of_all
 from dino.run.saving import Saving
 from dino.run.step import Step
 from dino.run.stop import Interrupted, StopSignal
-from dino.runtime.device import choose_device, peak_memory
+from dino.runtime.device import peak_memory, use_device
 from dino.runtime.memory import oom_advice
 from dino.runtime.processes import barrier_refusals, place, processes
 from dino.runtime.rng import set_rng_state
@@ -47,7 +47,7 @@ def run(settings: dict[str, Any], directory: Path, loop: Loop) -> float:
     """
     rank_zero = place().rank == 0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(processes(choose_device(settings["device"])))
+        stack.enter_context(processes(use_device(settings["device"])))
         with barrier_refusals():
             if rank_zero:
                 stack.enter_context(lock(directory))

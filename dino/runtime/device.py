@@ -40,6 +40,14 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def use_device(name: str = "auto") -> torch.device:
+    """`choose_device`, and makes a GPU the current one: what is asked of "cuda", such as its random state, is of it."""
+    device = choose_device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
 def choose_precision(name: str, device: torch.device) -> str:
     """auto: bf16 where the processor computes in it, else fp32."""
     if name != "auto":

@@ -63,7 +63,6 @@ def processes(device: torch.device) -> Iterator[None]:
         os.environ |= _slurm_rendezvous()
     backend = "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     store, *_ = next(rendezvous("env://", here.rank, here.world_size))
     # A store outlives a run of a sweep, and torchrun's a restart, with the addresses of those who are gone. Agents

@@ -17,7 +17,10 @@ def seed_all(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """Every global random generator of this process and its device, as plain values and tensors."""
+    """Every global random generator of this process and the current GPU, as plain values and tensors.
+
+    CUDA is asked only where this process uses it: the question itself would make a context on a GPU.
+    """
     numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
     return {
         "python": random.getstate(),
@@ -26,7 +29,7 @@ def rng_state() -> dict[str, Any]:
             "state": {**numpy["state"], "key": torch.from_numpy(numpy["state"]["key"].astype(np.int64))},
         },
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state() if _uses_cuda() else None,
     }
 
 
@@ -36,7 +39,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     inner = state["numpy"]["state"]
     np.random.set_state({**state["numpy"], "state": {**inner, "key": inner["key"].numpy().astype(np.uint32)}})
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
+    if state["cuda"] is not None and _uses_cuda():
         torch.cuda.set_rng_state(state["cuda"])
 
 
@@ -48,3 +51,7 @@ def preserve_rng() -> Iterator[None]:
         yield
     finally:
         set_rng_state(before)
+
+
+def _uses_cuda() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

@@ -1,0 +1,86 @@
+"""Which GPU a run takes and draws from; CUDA is faked, as far as it is asked."""
+
+import pytest
+import torch
+
+import dino.visualize
+from dino.config import CONF, compose
+from dino.evaluate import evaluate
+from dino.run.run import assemble
+from dino.runtime.rng import rng_state, set_rng_state
+from dino.train import run
+
+
+class Chosen(Exception):
+    """Ends a program at the moment at which it makes a device the current one."""
+
+
+class Gpus:
+    """`count` GPUs, each with a random state of its own; any use of them initialises CUDA, which makes a context."""
+
+    def __init__(self, monkeypatch, count=2):
+        self.current, self.initialised = 0, False
+        self.states = [torch.tensor([index, 0], dtype=torch.uint8) for index in range(count)]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: self.initialised)
+        monkeypatch.setattr(torch.cuda, "set_device", self.set_device)
+        monkeypatch.setattr(torch.cuda, "get_rng_state", self.get_rng_state)
+        monkeypatch.setattr(torch.cuda, "set_rng_state", self.set_rng_state)
+
+    def index(self, device):
+        index = torch.device(device).index
+        return self.current if index is None else index
+
+    def set_device(self, device):
+        self.current, self.initialised = self.index(device), True
+
+    def get_rng_state(self, device="cuda"):
+        self.initialised = True
+        return self.states[self.index(device)].clone()
+
+    def set_rng_state(self, state, device="cuda"):
+        self.initialised = True
+        self.states[self.index(device)] = state.clone()
+
+
+PROGRAMS = {
+    "train": lambda path: run(compose(["device=cuda:1"], "train", CONF), path),
+    "build": lambda path: assemble(compose(["device=cuda:1"], "train", CONF)),
+    "evaluate": lambda path: evaluate(
+        compose(["backbone=resnet_small", "dataset=textures", "device=cuda:1", f"output={path}"], "evaluate", CONF)
+    ),
+    "visualize": lambda path: dino.visualize.visualize(path, path, path, device="cuda:1"),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+def test_the_gpu_that_is_chosen_becomes_the_current_one_also_for_one_process(tmp_path, monkeypatch, program):
+    def chosen(device):
+        raise Chosen(str(device))
+
+    Gpus(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen)
+    monkeypatch.setattr(dino.visualize, "load_teacher", lambda *_: None)
+    with pytest.raises(Chosen, match="cuda:1"):
+        program(tmp_path)
+
+
+def test_the_random_state_is_that_of_the_current_gpu(monkeypatch):
+    gpus = Gpus(monkeypatch)
+    torch.cuda.set_device("cuda:1")
+    gpus.states[1] = torch.tensor([1, 7], dtype=torch.uint8)
+    saved = rng_state()
+    assert saved["cuda"].tolist() == [1, 7]
+    gpus.states[1] = torch.tensor([1, 8], dtype=torch.uint8)
+    set_rng_state(saved)
+    assert [state.tolist() for state in gpus.states] == [[0, 0], [1, 7]]
+
+
+def test_a_run_on_the_cpu_makes_no_cuda_context(monkeypatch):
+    gpus = Gpus(monkeypatch)
+    on_gpu = {**rng_state(), "cuda": torch.zeros(2, dtype=torch.uint8)}
+    assert rng_state()["cuda"] is None
+    set_rng_state(on_gpu)  # of a run that goes on without its GPU
+    assemble(compose(["device=cpu", "dataset.train.images=64", "dataset.val.images=10"], "train", CONF))
+    assert not gpus.initialised
