@@ -37,7 +37,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 def shard(model: nn.Module, device: torch.device) -> None:
     """Leaves each process its share of every parameter (FSDP2), and so of gradients and optimizer state.
 
-    A layer's parameters are whole only while it computes. Does nothing to one process alone.
+    A block's parameters are whole only while it computes. Does nothing to one process alone.
     """
     if is_single_process():
         return
@@ -46,11 +46,26 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
     model.to(memory_format=torch.contiguous_format)  # all that FSDP takes
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layers in model.modules():
-        if isinstance(layers, nn.ModuleList) and not isinstance(layers, ParametrizationList):
-            for layer in layers:
-                fully_shard(layer, mesh=mesh)
+    for block in reversed(blocks_of(model)):  # the inner ones first: each takes what they leave
+        fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The members of lists, and those of sequences that are made of more than one layer; the outer ones first.
+
+    These are the blocks of ViTs and ResNets, and the stages of networks that have stages of blocks.
+    """
+    found = [
+        member
+        for members in model.modules()
+        if isinstance(members, nn.ModuleList | nn.Sequential) and not isinstance(members, ParametrizationList)
+        for member in members
+        if not isinstance(member, nn.ModuleList | nn.ModuleDict)  # which compute nothing themselves
+        and (isinstance(members, nn.ModuleList) or len([*member.children()]) > 1)
+        and any(True for _ in member.parameters())
+    ]
+    return list(dict.fromkeys(found))
 
 
 def is_sharded(thing: nn.Module | Tensor) -> bool:

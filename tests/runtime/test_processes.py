@@ -18,7 +18,8 @@ from test_train import TINY, assert_same_run, assert_same_state, final, program
 from torch import nn
 
 from dino import KNN, DinoLoss, DinoModel, DinoProjectionHead, DINOTransform, Schedule, Steps, parameter_groups
-from dino.backbone.resnet import SmallResNet
+from dino.backbone.resnet import ResNet, SmallResNet
+from dino.backbone.timm import Timm
 from dino.backbone.vit import ViT
 from dino.config import CONF, compose
 from dino.config.check import check
@@ -173,12 +174,50 @@ def test_two_processes_accumulating_two_batches_take_the_steps_of_one_with_four_
             torch.testing.assert_close(two[name], value, rtol=1e-12, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_sharded_student_takes_the_same_steps(accumulation):
-    one = five_steps("vit", torch.float64, 16, 1, 0.03)
-    for two in run_in_ranks(2, five_steps, "vit", torch.float64, 8 // accumulation, accumulation, 0.03, True, True):
+@pytest.mark.parametrize(("kind", "accumulation"), [("vit", 1), ("vit", 2), ("resnet", 1)])
+def test_a_sharded_student_takes_the_same_steps(kind, accumulation):
+    one = five_steps(kind, torch.float64, 16, 1, 0.03)
+    for two in run_in_ranks(2, five_steps, kind, torch.float64, 8 // accumulation, accumulation, 0.03, True, True):
         for name, value in one.items():
             torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def sharded_parts():
+    """Of each model: the parts that gather their parameters on their own."""
+    from torch.distributed.fsdp import FSDPModule
+
+    torch.manual_seed(0)
+    models = {
+        "vit": ViT(hidden_dim=32, depth=2, heads=2, patch_size=8, image_size=32),
+        "resnet": ResNet("resnet18"),
+        "timm": Timm("vit_tiny_patch16_224", depth=3),
+        "timm_stages": Timm("convnext_atto", depths=(1, 1, 2, 1)),
+    }
+    found, images = {}, torch.rand(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for name, model in models.items():
+        whole = copy.deepcopy(model.double())
+        for one in (whole, model):
+            if one is model:
+                shard(model, torch.device("cpu"))
+            one(images).square().sum().backward()
+        for expected, parameter in zip(whole.parameters(), model.parameters()):
+            torch.testing.assert_close(full_tensor(parameter.grad), expected.grad, msg=name)
+        found[name] = [part for part, module in model.named_modules() if isinstance(module, FSDPModule)]
+    return found
+
+
+def test_every_block_of_a_sharded_network_gathers_its_own_parameters():
+    blocks = {
+        "vit": [f"blocks.{i}" for i in range(2)],
+        "resnet": [f"network.layer{stage}.{block}" for stage in range(1, 5) for block in range(2)],
+        "timm": [f"network.blocks.{i}" for i in range(3)],
+    }
+    for found in run_in_ranks(2, sharded_parts):
+        for name, parts in blocks.items():
+            assert found[name] == ["", *parts]
+        stages = found["timm_stages"]
+        assert {f"network.stages.{stage}.blocks.0" for stage in range(4)} < set(stages)
+        assert {f"network.stages.{stage}" for stage in range(4)} < set(stages)
 
 
 def test_batch_norms_that_are_not_synchronised_take_other_steps():
