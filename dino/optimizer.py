@@ -75,7 +75,10 @@ class LARS(Optimizer):
                     weight_norm, update_norm = p.norm(), update.norm()
                     trust = self.trust_coefficient * weight_norm / update_norm
                     update = update * torch.where((weight_norm > 0) & (update_norm > 0), trust, 1.0)
-                velocity = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                velocity = state["momentum_buffer"]
                 velocity.mul_(group["momentum"]).add_(update)
                 p.add_(velocity, alpha=-group["lr"])
         return value

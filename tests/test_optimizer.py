@@ -94,6 +94,16 @@ def test_lars_takes_the_steps_of_its_paper():
     assert bias.item() == pytest.approx(b, rel=1e-5)
 
 
+def test_lars_allocates_its_momentum_once(monkeypatch):
+    weight, allocated, zeros_like = nn.Parameter(torch.ones(2)), [], torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda tensor: allocated.append(tensor) or zeros_like(tensor))
+    optimizer = LARS([weight], lr=0.1)
+    for _ in range(3):
+        weight.grad = torch.ones(2)
+        optimizer.step()
+    assert len(allocated) == 1
+
+
 def test_lars_moves_a_weight_of_zero():
     weight = nn.Parameter(torch.zeros(2))
     weight.grad = torch.ones(2)

@@ -98,6 +98,8 @@ class DeviceDecodes(DeviceCrops):
 
             with quiet():
                 decoded = decode_jpeg([stored[i] for i in jpegs], ImageReadMode.RGB, device=device) if jpegs else []
+        except torch.OutOfMemoryError:  # a RuntimeError too, and no image's fault
+            raise
         except RuntimeError:  # of one of them, and it does not say which
             decoded = [self._one(i, indices[i], labels, boxes).to(device) for i in jpegs]
         for i, image in zip(jpegs, decoded, strict=True):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from dino.runtime.device import peak_memory
+
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str]:
     """In words, for people to read; all of this process and machine, now."""
@@ -27,7 +29,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         memory = torch.cuda.get_device_properties(on).total_memory
         found["GPU"] = f"{torch.cuda.get_device_name(on)}, {memory / 2**30:.0f} GiB"
         found["CUDA"] = str(torch.version.cuda)
-    return found | {"system": platform.platform(), "peak memory": peak_memory(on)}
+    return found | {"system": platform.platform(), "peak memory": memory_in_words(on)}
 
 
 def command_line() -> str:
@@ -57,15 +59,10 @@ def processor() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def peak_memory(device: torch.device) -> str:
+def memory_in_words(device: torch.device) -> str:
     """The most that this process has held so far, in GiB."""
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    words = f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB"
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB on the GPU, {words} on the host"
-    return words
+    host, peak = (f"{peak_memory(on) / 2**30:.1f} GiB" for on in (torch.device("cpu"), device))
+    return f"{peak} on the GPU, {host} on the host" if device.type == "cuda" else host
 
 
 def version(package: str) -> str:

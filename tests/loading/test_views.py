@@ -160,6 +160,17 @@ def test_a_jpeg_that_is_broken_on_the_device_gives_its_place_to_the_next(tmp_pat
     assert torch.equal(views[0][[0, 2]], whole[0])
 
 
+def test_a_device_without_memory_is_no_broken_jpeg(tmp_path, monkeypatch):
+    def decode_jpeg(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", decode_jpeg)
+    some = DeviceDecodes(files(tmp_path), TRANSFORM, set())
+    batch = some.collate([some.load(index, np.random.default_rng(index)) for index in (3, 7)])
+    with pytest.raises(torch.OutOfMemoryError):
+        some.views(batch, CPU)
+
+
 # --- broken images ----------------------------------------------------------------------------------------------------
 
 

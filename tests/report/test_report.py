@@ -25,6 +25,7 @@ from dino.report import write_report
 from dino.report.curves import thinned
 from dino.report.environment import command_line, environment
 from dino.report.learned import class_section, map_section, neighbour_section, one_of_each
+from dino.runtime.device import peak_memory
 
 EVIL = '<script>alert("x")</script>&amp;'
 CONFIG = {"name": "run", "seed": 0, "backbone": {"_target_": "dino.ViT", "depth": 4}, "logger": {}}
@@ -346,6 +347,13 @@ def test_a_report_that_fails_leaves_the_one_before(tmp_path):
         broken.attention = lambda images: torch.ones(len(images), 2, 8, 8)
         write_report(tmp_path, **arguments(broken))
     assert path.read_text() == before and [*tmp_path.iterdir()] == [path]
+
+
+def test_the_peak_memory_is_that_of_the_log_and_not_a_parents(monkeypatch):
+    parents = types.SimpleNamespace(ru_maxrss=2**40)
+    monkeypatch.setattr("resource.getrusage", lambda _: parents)
+    own = peak_memory(torch.device("cpu")) / 2**30
+    assert float(environment()["peak memory"].removesuffix(" GiB")) == pytest.approx(own, abs=0.1)
 
 
 def test_the_environment_is_that_of_this_process(monkeypatch):
