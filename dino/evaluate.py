@@ -33,7 +33,7 @@ from torch import nn
 from dino.config import CONF, build_node, compose
 from dino.config.check import OWN, Rule
 from dino.config.machine import check_machine
-from dino.config.node import Problems, is_node, misfits
+from dino.config.node import Problems, is_node, misfits, with_random_weights
 from dino.dataset.cache import cached
 from dino.evaluator.features import RawPixels
 from dino.evaluator.measures import Measures
@@ -127,8 +127,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, dict[str, float]]:
     results = {"backbone": measures.of("backbone", subject.backbone, config["measures"])}
     if config["baselines"]:
         torch.manual_seed(config["seed"])
-        random_weights = {"pretrained": False} if "pretrained" in subject.node else {}
-        untrained = measures.untrained(build_node(subject.node | random_weights))
+        untrained = measures.untrained(build_node(with_random_weights(subject.node)))
         results["untrained"] = measures.of("untrained", untrained, config["measures"])
         results["raw_pixels"] = measures.of("raw_pixels", RawPixels(), config["measures"])
     print(table(results), flush=True)

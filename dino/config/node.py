@@ -151,6 +151,11 @@ def build_node(node: Any, **late: Any) -> Any:
         raise
 
 
+def with_random_weights(node: dict[str, Any]) -> dict[str, Any]:
+    """The node of a backbone, its pretrained weights switched off."""
+    return node | {"pretrained": False} if "pretrained" in node else node
+
+
 def fitted_or_left(value: Any, hint: Any) -> Any:
     """As `fitted`, and as it is where it does not fit: then the constructor has the word."""
     try:

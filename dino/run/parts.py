@@ -11,7 +11,7 @@ import torch
 
 from dino.augmentation import DINOTransform
 from dino.config.check import nodes
-from dino.config.node import build_node
+from dino.config.node import build_node, with_random_weights
 from dino.config.trial import arguments_of
 from dino.dataset.cache import cached
 from dino.evaluator.knn import Measured
@@ -25,7 +25,7 @@ from dino.runtime.batch_norm import synchronise_batch_norm
 from dino.runtime.device import autocast_for, choose_precision, default_workers, describe, use_device
 from dino.runtime.processes import Place, barrier_refusals, broadcast_buffers, place, rank_zero_first, topology
 from dino.runtime.refused import Refused
-from dino.runtime.rng import seed_all
+from dino.runtime.rng import preserve_rng, seed_all
 from dino.runtime.sharding import shard
 from dino.scheduler import Schedule
 from dino.weights import read_teacher
@@ -48,7 +48,7 @@ class Parts:
     data: Data
     learner: Learner
     schedule: Schedule
-    untrained: torch.nn.Module  # the backbone as it was before the first step of all, until it is measured
+    untrained: torch.nn.Module  # the backbone with random weights, until it is measured
     evaluator: Any
 
     @property
@@ -142,7 +142,7 @@ def assemble(config: dict[str, Any]) -> Parts:
     seed_all(config["seed"])
     schedule = _schedule(config, data)
     learner = _learner(config, data, schedule, device, precision)
-    untrained = copy.deepcopy(learner.teacher.backbone).cpu()  # a GPU has better use for its memory
+    untrained = _untrained(config, learner.teacher.backbone)
     if here.rank:
         seed_all((config["seed"] + here.rank) % 2**32)  # the same weights, from here on other draws (of drop path)
     return Parts(
@@ -227,6 +227,19 @@ def _learner(config: dict[str, Any], data: Data, schedule: Schedule, device: tor
         autocast=autocast_for(device, precision),
         scaler=_scaler(device, precision, training["skip_nonfinite_steps"]),
     )
+
+
+def _untrained(config: dict[str, Any], backbone: torch.nn.Module) -> torch.nn.Module:
+    """The backbone before the first step; where it is pretrained or comes from `init_from`, another one with the random
+    weights that it would have had. On the CPU, since a GPU has better use for its memory.
+    """
+    node = config["backbone"]
+    if not node.get("pretrained") and config["init_from"] is None:
+        return copy.deepcopy(backbone).cpu()
+    with preserve_rng():
+        seed_all(config["seed"])
+        untrained: torch.nn.Module = build_node(with_random_weights(node))
+    return untrained
 
 
 def _loss(node: dict[str, Any], transform: DINOTransform) -> DinoLoss:
