@@ -37,6 +37,8 @@ from dino.dataset.files import ImageFiles
 from dino.dataset.folder import Folder
 from dino.loading import views
 from dino.loading.batches import Steps
+from dino.loading.sampler import Batching
+from dino.loading.views import Loading
 
 LOCAL_VIEWS = 8  # of 96 pixels, beside the two of 224
 REFERENCE = "reference: decode, crop, photometry, all in PIL"
@@ -68,7 +70,7 @@ class Course:
     def reference(self) -> Contestant:
         """Which has no halves: all of it is a worker's."""
         transform, images = ReferenceTransform(LOCAL_VIEWS), ReferenceImages(self.images)
-        batches = list(Steps(images, transform, self.size).sampler)
+        batches = list(Steps(images, transform, Batching(self.size)).sampler)
         cut = lambda batch: collate_multi_crop([(transform.crop(images[i][0]), -1) for _, i in batch])  # noqa: E731
         return lambda _: self.ms(map(cut, batches), len(batches) * self.size)
 
@@ -76,7 +78,7 @@ class Course:
         """The worker's, in this process."""
 
         def run(seed: int) -> float:
-            steps = Steps(dataset, transform, self.size, seed=seed)
+            steps = Steps(dataset, transform, Batching(self.size, seed=seed))
             return self.ms(steps.loader, len(steps) * self.size)
 
         return run
@@ -90,7 +92,8 @@ class Course:
 
         def run(seed: int) -> float:
             end, start = (8 * workers, 2 * workers) if workers else (None, 0)
-            steps = Steps(dataset, transform, self.size, seed=seed, end=end, num_workers=workers, **options)
+            batching, loading = Batching(self.size, seed=seed), Loading(num_workers=workers, **options)
+            steps = Steps(dataset, transform, batching, end=end, loading=loading)
             views = (part for _, parts in steps for part in parts)
             for _ in range(start):
                 next(views)
@@ -101,7 +104,7 @@ class Course:
 
 def contestants(course: Course, compiling: bool, workers: int) -> dict[str, Contestant]:
     images, ours = course.images, DINOTransform(LOCAL_VIEWS)
-    cut = [views for (views, _), _ in Steps(images, ours, course.size).loader]
+    cut = [views for (views, _), _ in Steps(images, ours, Batching(course.size)).loader]
     ways = {"": ours}
     if compiling:
         ways[COMPILED] = DINOTransform(LOCAL_VIEWS)
@@ -117,20 +120,23 @@ def contestants(course: Course, compiling: bool, workers: int) -> dict[str, Cont
         found[f"photometry{how}"] = course.photometry(by, cut)
         found[f"both halves{how}"] = course.both(images, by)
     if course.device == "cuda":
-        there, held = [[view.cuda() for view in batch] for batch in cut], Cached(images, device="cuda")
+        there, held = [[view.cuda() for view in batch] for batch in cut], Cached(images, device=torch.device("cuda"))
+        gpu = torch.device("cuda")
         for how, by in ways.items():
             found[f"GPU: photometry{how}"] = course.photometry(by, there)
-            found[f"GPU: crops and photometry, images in its memory{how}"] = course.both(held, by, device="cuda")
+            found[f"GPU: crops and photometry, images in its memory{how}"] = course.both(
+                held, by, device=torch.device("cuda")
+            )
         jpegs = [in_tensor(jpeg) for jpeg in course.jpegs]
         found["GPU: JPEG decoding alone, nvJPEG"] = lambda _: course.ms(
-            (decode_jpeg(jpegs[i::2], ImageReadMode.RGB, device="cuda") for i in range(2)), len(jpegs)
+            (decode_jpeg(jpegs[i::2], ImageReadMode.RGB, device=torch.device("cuda")) for i in range(2)), len(jpegs)
         )
         for does in ("photometry", "crops"):
             found[f"{workers} workers, the GPU does the {does}"] = course.both(
-                images, ours, workers, device="cuda", device_does=does
+                images, ours, workers, device=gpu, device_does=does
             )
         reference = ReferenceImages(images), ReferenceTransform(LOCAL_VIEWS)
-        found[f"{workers} workers, the reference"] = course.both(*reference, workers, device="cuda")
+        found[f"{workers} workers, the reference"] = course.both(*reference, workers, device=gpu)
     return found
 
 
@@ -202,7 +208,7 @@ def stopwatch() -> Iterator[Counter[str]]:
 def profile(course: Course, rounds: int) -> dict[str, list[float]]:
     """Milliseconds an image of each stage and of their sum, beside the whole without a stopwatch, in each round."""
     ours, taken = DINOTransform(LOCAL_VIEWS), defaultdict(list)
-    steps = Steps(course.images, ours, course.size)
+    steps = Steps(course.images, ours, Batching(course.size))
     batches, collate = list(steps.sampler), steps.loader.collate_fn
     ready = {key: steps.loader.dataset[key] for batch in batches for key in batch}
     for number in range(rounds + 1):

@@ -14,6 +14,7 @@ _HOME = {
     "DINOTransform": "augmentation",
     "EvalTransform": "augmentation",
     "collate_multi_crop": "augmentation",
+    "Batching": "loading.sampler",
     "MicroBatch": "loading.micro_batch",
     "Steps": "loading.batches",
     "Learner": "run.learner",

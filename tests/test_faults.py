@@ -19,7 +19,7 @@ from dino.backbone.vit_tiny import ViTTiny
 from dino.config import CONF, compose
 from dino.dataset.textures import Textures
 from dino.loading import workers
-from dino.loading.batches import StepSampler
+from dino.loading.sampler import Batching, StepSampler
 from dino.loading.workers import WorkerLost
 from dino.loss.dino import DinoLoss
 from dino.run.checkpoint import STATES
@@ -98,7 +98,7 @@ INF_GRADIENT = "loss._target_=test_faults.OverflowInStep12"
 
 
 def test_a_nan_in_an_input_stops_the_run_names_the_images_and_does_so_again_when_resumed(tmp_path):
-    taken = StepSampler(96, 8, 1, seed=0, start=0, end=36).of_step(14)
+    taken = StepSampler(96, Batching(8), 0, 36).of_step(14)
     for saved in (12, 13):  # a resumed run saves after its first step
         with pytest.raises(NonFiniteLoss, match="the loss is nan at step 15; the last good checkpoint") as stopped:
             trained(tmp_path / "a", *SHORT, NAN_INPUT)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dino.loading.batches import StepSampler
+from dino.loading.sampler import Batching, StepSampler
 from dino.loss.dino import DinoLoss
 from dino.scheduler import Schedule, cosine, cosine_warmup, linear
 
@@ -171,7 +171,7 @@ def shared(draw):
 
 def steps_of(images, batch, passes, ranks, seed, start, end):
     """The keys of each step, those of all processes together, as they stand in the effective batch."""
-    samplers = [StepSampler(images, batch, passes, seed, start, end, rank, ranks) for rank in range(ranks)]
+    samplers = [StepSampler(images, Batching(batch, passes, seed, rank, ranks), start, end) for rank in range(ranks)]
     parts = [list(sampler) for sampler in samplers]
     assert all(len(mine) == len(sampler) for mine, sampler in zip(parts, samplers))
     return [

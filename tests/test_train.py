@@ -27,6 +27,7 @@ from dino.config import CONF, compose
 from dino.dataset.textures import Textures
 from dino.history import History
 from dino.loading.micro_batch import MicroBatch
+from dino.loading.sampler import Batching
 from dino.run.checkpoint import STATES
 from dino.run.learner import Learner
 from dino.run.parts import assemble
@@ -141,7 +142,7 @@ def test_four_batches_of_8_accumulated_take_the_step_of_one_batch_of_32():
         transform = DINOTransform(num_local_views=2, global_size=32, local_size=16)
         data = Textures("train", size=32, images=96)
         optimizer = torch.optim.SGD(parameter_groups(student, student.projection_head.last_layer), lr=1.0)
-        steps = Steps(data, transform, batch_size, accumulation)
+        steps = Steps(data, transform, Batching(batch_size, accumulation))
         train(Learner(student, teacher, loss, optimizer, constant(lr=0.01)), steps)
         assert len(steps) == 3
         return {

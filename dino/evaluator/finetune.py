@@ -15,8 +15,8 @@ from tqdm import tqdm
 from dino.augmentation import EvalTransform, image_tensor
 from dino.augmentation.crops import crop_box, cut
 from dino.evaluator.features import collate, features_of
-from dino.loading.batches import StepSampler
 from dino.loading.broken import first_readable, note
+from dino.loading.sampler import Batching, StepSampler
 from dino.loading.views import GEOMETRY
 from dino.loading.workers import Loader
 from dino.scheduler import cosine_warmup
@@ -60,7 +60,7 @@ def finetune(
     steps, warmup = epochs * steps_per_epoch, round(min(warmup_epochs, epochs / 5) * steps_per_epoch)
     loader = Loader(
         LabelledCrops(train, transform.size, scale, seed),
-        batch_sampler=StepSampler(len(train), batch_size, 1, seed, 0, steps),
+        batch_sampler=StepSampler(len(train), Batching(batch_size, seed=seed), 0, steps),
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",

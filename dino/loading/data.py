@@ -6,36 +6,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from dino.augmentation import DINOTransform, EvalTransform
 from dino.loading.batches import Steps, TrainLoader
-
-
-@dataclass(frozen=True)
-class Batching:
-    """Which images make a step. `accumulation`: forward passes of one process per step."""
-
-    batch_size: int  # images of one process in one forward pass
-    accumulation: int
-    seed: int
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def effective_batch(self) -> int:
-        """Images per step, over all processes."""
-        return self.batch_size * self.accumulation * self.world_size
-
-
-@dataclass(frozen=True)
-class Loading:
-    """Where images become views. `device_does`: photometry, crops (and photometry), decode (and both)."""
-
-    device: torch.device
-    num_workers: int
-    device_does: str
-    cached_on_device: bool  # then crops are made there too, and an evaluation has no use for workers
+from dino.loading.sampler import Batching
+from dino.loading.views import Loading
 
 
 @dataclass
@@ -54,21 +28,8 @@ class Data:
 
     def steps(self, start: int, end: int | None = None) -> Steps:
         """The steps from `start` to `end`; None: to the end of the run."""
-        return Steps(
-            self.train_set,
-            self.transform,
-            self.batching.batch_size,
-            self.batching.accumulation,
-            self.batching.seed,
-            start,
-            self.total_steps if end is None else end,
-            self.loading.device,
-            self.loading.num_workers,
-            self.batching.rank,
-            self.batching.world_size,
-            self.loading.device_does,
-            self.broken,
-        )
+        end = self.total_steps if end is None else end
+        return Steps(self.train_set, self.transform, self.batching, start, end, self.loading, self.broken)
 
     @functools.cached_property
     def train_loader(self) -> TrainLoader:

@@ -6,6 +6,7 @@ returns the labels beside them, [batch] on the CPU: -1 where there is none.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,25 @@ from dino.dataset.cache import Cached
 from dino.dataset.encoded import EncodedImages, plain_jpeg, quiet
 from dino.loading.broken import first_readable, note
 
-GEOMETRY = 2  # its stream of random numbers: see dino/loading/batches.py
+GEOMETRY = 2  # its stream of random numbers: see dino/loading/sampler.py
 Views = list[Shaped[Tensor, "batch 3 _ _"]]  # uint8, but for a transform of one's own
 Boxes = Int[ndarray, "batch views 5"]
 Labels = Int[Tensor, " batch"]
 # Indices, labels, all that is stored, its shapes, boxes.
 Handed = tuple[tuple[int, ...], Labels, Tensor, list[tuple[int, ...]], Boxes]
+
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Where images become views. `device_does`: photometry, crops (and photometry), decode (and both)."""
+
+    device: torch.device = CPU
+    num_workers: int = 0
+    device_does: str = "photometry"
+    cached_on_device: bool = False  # then crops are made there too, and an evaluation has no use for workers
 
 
 class WorkerCrops:

@@ -15,8 +15,10 @@ from dino.config.node import build_node, with_random_weights
 from dino.config.trial import arguments_of
 from dino.dataset.cache import cached
 from dino.evaluator.knn import Measured
-from dino.loading.batches import Steps, TrainLoader, accumulation_for, steps_in_epoch, steps_of
-from dino.loading.data import Batching, Data, Loading
+from dino.loading.batches import Steps, TrainLoader
+from dino.loading.data import Data
+from dino.loading.sampler import Batching, accumulation_for, steps_of
+from dino.loading.views import Loading
 from dino.loss.dino import DinoLoss
 from dino.model import DinoModel, make_teacher
 from dino.optimizer import parameter_groups
@@ -169,8 +171,8 @@ def _data(config: dict[str, Any], device: torch.device, here: Place, on_this_mac
         here.world_size,
     )
     batching = Batching(training["batch_size"], accumulation, config["seed"], here.rank, here.world_size)
-    images, passes = len(datasets["train"]), accumulation * here.world_size
-    steps_in_epoch(images, training["batch_size"], passes)  # refuses too few images before any is used
+    images = len(datasets["train"])
+    batching.steps_per_epoch(images)  # refuses too few images before any is used
     steps_per_epoch, total_steps = steps_of(images, batching.effective_batch, training["epochs"], training["max_steps"])
     with barrier_refusals():
         datasets = cached(datasets, cache, config["dataset"]["cache_side"], device, on_this_machine)

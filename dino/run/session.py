@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dino.loading.batches import Steps, StepSampler
+from dino.loading.batches import Steps
 from dino.loading.broken import LIST
 from dino.loading.data import Data
 from dino.loading.micro_batch import MicroBatch
+from dino.loading.sampler import StepSampler
 from dino.run.after_step import AfterStep
 from dino.run.checkpoint import FOLDER
 from dino.run.directory import check_claim, full_disk_in_a_sentence, lock

@@ -15,6 +15,7 @@ from dino.dataset.encoded import BrokenImage
 from dino.dataset.folder import Folder
 from dino.dataset.textures import Textures
 from dino.loading.batches import Steps
+from dino.loading.sampler import Batching
 from dino.runtime.refused import Refused
 
 CPU = torch.device("cpu")
@@ -32,10 +33,14 @@ def folder(path, images=40):
 def test_an_epoch_from_memory_needs_no_file_any_more(tmp_path):
     datasets = folder(tmp_path / "images")
     transform = DINOTransform(num_local_views=1, global_size=16, local_size=8)
-    from_files = [[v.clone() for v in next(parts)] for _, parts in Steps(datasets["train"], transform, 4)]
+    from_files = [
+        [v.clone() for v in next(parts).views] for _, parts in Steps(datasets["train"], transform, Batching(4))
+    ]
     in_memory = cached(datasets, "ram", None, CPU)
     shutil.rmtree(tmp_path / "images")
-    from_memory = [[v.clone() for v in next(parts)] for _, parts in Steps(in_memory["train"], transform, 4)]
+    from_memory = [
+        [v.clone() for v in next(parts).views] for _, parts in Steps(in_memory["train"], transform, Batching(4))
+    ]
     assert len(from_memory) == 9
     for views, expected in zip(from_memory, from_files):
         assert all(torch.equal(a, b) for a, b in zip(views, expected))

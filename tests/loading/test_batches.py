@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from dino.augmentation import DINOTransform
-from dino.loading.batches import Steps, StepSampler, accumulation_for, steps_of
+from dino.loading.batches import Steps
+from dino.loading.sampler import Batching, StepSampler, accumulation_for, steps_of
+from dino.loading.views import Loading
 
 
 class Noise:
@@ -22,7 +24,7 @@ TRANSFORM = DINOTransform(num_local_views=2, global_size=16, local_size=8)
 
 
 def views_of(steps):
-    return [(step, [[view.clone() for view in part] for part in parts]) for step, parts in steps]
+    return [(step, [[view.clone() for view in part.views] for part in parts]) for step, parts in steps]
 
 
 def assert_same(left, right):
@@ -34,7 +36,7 @@ def assert_same(left, right):
 
 
 def test_an_epoch_shows_every_image_once_but_for_those_that_fill_no_step():
-    keys = [key for batch in StepSampler(23, batch_size=3, accumulation=2, seed=0, start=0, end=6) for key in batch]
+    keys = [key for batch in StepSampler(23, Batching(3, accumulation=2), start=0, end=6) for key in batch]
     for epoch in (0, 1):
         images = [index for e, index in keys if e == epoch]
         assert len(images) == len(set(images)) == 18
@@ -42,23 +44,23 @@ def test_an_epoch_shows_every_image_once_but_for_those_that_fill_no_step():
 
 
 def test_the_sampler_goes_on_in_the_middle_of_an_epoch_as_if_never_stopped():
-    whole = list(StepSampler(23, 4, 1, seed=5, start=0, end=12))
+    whole = list(StepSampler(23, Batching(4, seed=5), start=0, end=12))
     for start in range(13):
-        assert list(StepSampler(23, 4, 1, seed=5, start=start, end=12)) == whole[start:]
+        assert list(StepSampler(23, Batching(4, seed=5), start=start, end=12)) == whole[start:]
 
 
 def test_another_seed_is_another_order():
-    assert list(StepSampler(23, 4, 1, 0, 0, 5)) != list(StepSampler(23, 4, 1, 1, 0, 5))
+    assert list(StepSampler(23, Batching(4, seed=0), 0, 5)) != list(StepSampler(23, Batching(4, seed=1), 0, 5))
 
 
 def test_a_step_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match=r"one step takes 32 images \(batch_size 16 x 2 .*the dataset has 23"):
-        StepSampler(23, 16, 2, 0, 0, 1)
+        StepSampler(23, Batching(16, 2), 0, 1)
 
 
 def test_views_are_the_same_for_any_number_of_workers_and_from_any_start():
     def steps(start, workers):
-        return views_of(Steps(Noise(), TRANSFORM, 4, 1, seed=1, start=start, end=8, num_workers=workers))
+        return views_of(Steps(Noise(), TRANSFORM, Batching(4, seed=1), start, 8, Loading(num_workers=workers)))
 
     whole = steps(0, 0)
     assert len(whole) == 8
@@ -68,8 +70,8 @@ def test_views_are_the_same_for_any_number_of_workers_and_from_any_start():
 
 
 def test_a_step_in_parts_holds_the_views_of_the_step_whole():
-    whole = views_of(Steps(Noise(), TRANSFORM, batch_size=8, accumulation=1, seed=1))
-    parts = views_of(Steps(Noise(), TRANSFORM, batch_size=2, accumulation=4, seed=1))
+    whole = views_of(Steps(Noise(), TRANSFORM, Batching(8, seed=1)))
+    parts = views_of(Steps(Noise(), TRANSFORM, Batching(2, accumulation=4, seed=1)))
     joined = [(step, [[torch.cat(views) for views in zip(*split, strict=True)]]) for step, split in parts]
     assert len(whole) == 2
     for (_, [views]), (_, [expected]) in zip(joined, whole, strict=True):
@@ -79,7 +81,7 @@ def test_a_step_in_parts_holds_the_views_of_the_step_whole():
 
 def test_the_loader_draws_nothing_from_the_runs_own_generator():
     before = torch.get_rng_state()
-    views_of(Steps(Noise(), TRANSFORM, 4, end=2, num_workers=1))
+    views_of(Steps(Noise(), TRANSFORM, Batching(4), end=2, loading=Loading(num_workers=1)))
     assert torch.equal(torch.get_rng_state(), before)
 
 

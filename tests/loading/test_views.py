@@ -18,7 +18,8 @@ from dino.dataset.folder import Folder
 from dino.loading import batches
 from dino.loading.batches import Steps
 from dino.loading.broken import TooManyBroken
-from dino.loading.views import CachedCrops, DeviceCrops, DeviceDecodes, Samples, WorkerCrops, crops_of
+from dino.loading.sampler import Batching
+from dino.loading.views import CachedCrops, DeviceCrops, DeviceDecodes, Loading, Samples, WorkerCrops, crops_of
 
 TRANSFORM = DINOTransform(num_local_views=2, global_size=24, local_size=12)
 CPU = torch.device("cpu")
@@ -85,7 +86,7 @@ def test_views_depend_on_seed_epoch_and_index_alone(way):
 
 def steps(way, monkeypatch, start=0, workers=0, dataset=None):
     monkeypatch.setattr(batches, "crops_of", lambda dataset, *_: crops(way, dataset))
-    return Steps(dataset or Photos(), TRANSFORM, 4, 1, seed=1, start=start, end=12, num_workers=workers)
+    return Steps(dataset or Photos(), TRANSFORM, Batching(4, seed=1), start, 12, Loading(num_workers=workers))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -14,6 +14,8 @@ from dino.augmentation import DINOTransform, EvalTransform
 from dino.evaluator.features import features_of
 from dino.loading import workers
 from dino.loading.batches import Steps
+from dino.loading.sampler import Batching
+from dino.loading.views import Loading
 from dino.loading.workers import WorkerLost
 
 TRANSFORM = DINOTransform(num_local_views=1, global_size=16, local_size=8)
@@ -55,7 +57,7 @@ def torch_handler():
 
 
 def steps(images, count=2):
-    return Steps(images, TRANSFORM, batch_size=4, num_workers=count, end=16)
+    return Steps(images, TRANSFORM, Batching(4), end=16, loading=Loading(num_workers=count))
 
 
 def sleep_for_ever_at(index):

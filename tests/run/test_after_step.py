@@ -14,7 +14,9 @@ from dino.augmentation import DINOTransform
 from dino.evaluator.knn import Measured
 from dino.head import Factors
 from dino.history import History
-from dino.loading.data import Batching, Data, Loading
+from dino.loading.data import Data
+from dino.loading.sampler import Batching
+from dino.loading.views import Loading
 from dino.logger import Loggers
 from dino.loss.dino import DinoLoss
 from dino.run.after_step import AfterStep
@@ -32,8 +34,6 @@ from dino.runtime.processes import place
 from dino.scheduler import Values
 
 NOW = Values(learning_rate=1e-3, last_layer_learning_rate=1e-3, weight_decay=0.04, momentum=0.99, teacher_temp=0.04)
-
-CPU = Loading(torch.device("cpu"), 0, "photometry", cached_on_device=False)
 
 
 class Spy:
@@ -95,7 +95,7 @@ def after_step_of(tmp_path, stop=None, measured=(), start=0, total_steps=12, ste
         changes.get("checkpoint_every_minutes", 15.0),
     )
     saving.saved = []
-    data = Data(range(900), range(100), DINOTransform(), 32, Batching(8, 1, 0), steps_per_epoch, total_steps, CPU)
+    data = Data(range(900), range(100), DINOTransform(), 32, Batching(8), steps_per_epoch, total_steps, Loading())
     keeper = AfterStep(epochs, recorder, evaluation, saving, stop, data, tmp_path)
     if state is not None:
         keeper.load_state_dict(state)

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from dino.loading.batches import StepSampler
+from dino.loading.sampler import Batching, StepSampler
 from dino.run.finite import OVERFLOWS, Finite, NonFiniteLoss, check_finite
 
 
@@ -68,10 +68,12 @@ def test_what_is_not_finite_is_named_before_it_is_saved():
 
 @pytest.mark.parametrize(("batch", "accumulation", "ranks"), [(12, 1, 1), (3, 2, 2), (2, 3, 2), (4, 1, 3)])
 def test_the_images_of_a_step_are_those_that_its_processes_take_together(batch, accumulation, ranks):
-    samplers = [StepSampler(40, batch, accumulation, 7, 0, 8, rank, ranks) for rank in range(ranks)]
+    samplers = [StepSampler(40, Batching(batch, accumulation, 7, rank, ranks), 0, 8) for rank in range(ranks)]
     batches = [list(sampler) for sampler in samplers]
     for step in (0, 1, 2, 3, 5):
         mine = slice(step * accumulation, (step + 1) * accumulation)
         taken = [index for each in batches for part in each[mine] for _, index in part]
         assert sorted(taken) == sorted(samplers[-1].of_step(step))
-        assert samplers[0].of_step(step) == StepSampler(40, 12, 1, 7, 0, 8).of_step(step)  # whoever shares it
+        assert samplers[0].of_step(step) == StepSampler(40, Batching(12, seed=7), 0, 8).of_step(
+            step
+        )  # whoever shares it

@@ -25,7 +25,7 @@ from dino.config import CONF, compose
 from dino.config.check import check
 from dino.dataset.textures import Textures
 from dino.history import History
-from dino.loading.batches import StepSampler
+from dino.loading.sampler import Batching, StepSampler
 from dino.model import make_teacher
 from dino.run.checkpoint import STATES
 from dino.run.learner import Learner
@@ -122,10 +122,7 @@ def five_steps(kind, dtype, batch_size, accumulation, lr, synchronise=True, shar
     steps = Steps(
         Textures("train", size=32, images=80),
         DINOTransform(num_local_views=2, global_size=32, local_size=16),
-        batch_size,
-        accumulation,
-        rank=here.rank,
-        world_size=here.world_size,
+        Batching(batch_size, accumulation, rank=here.rank, world_size=here.world_size),
     )
     assert len(steps) == 5
     schedule = Schedule(
@@ -228,7 +225,9 @@ def test_batch_norms_that_are_not_synchronised_take_other_steps():
 
 def test_every_step_holds_the_same_images_however_many_processes_share_it():
     def keys(world_size, batch_size, accumulation):
-        samplers = [StepSampler(50, batch_size, accumulation, 3, 0, 10, r, world_size) for r in range(world_size)]
+        samplers = [
+            StepSampler(50, Batching(batch_size, accumulation, 3, r, world_size), 0, 10) for r in range(world_size)
+        ]
         assert len({sampler.steps_per_epoch for sampler in samplers}) == 1
         passes = [list(sampler) for sampler in samplers]
         steps = [[] for _ in range(10)]
