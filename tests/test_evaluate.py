@@ -14,12 +14,13 @@ import yaml
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
 
 from dino.augmentation import EvalTransform
 from dino.config import CONF, compose
 from dino.dataset.textures import Textures
 from dino.evaluate import RESULTS, evaluate, table
-from dino.evaluator.features import features_of
+from dino.evaluator.features import Features, features_of
 from dino.evaluator.measures import Probed
 from dino.history import History
 from dino.runtime.refused import Refused
@@ -184,15 +185,46 @@ def test_the_probe_reads_the_last_cls_tokens_and_the_mean_patch(home):
     backbone = load_teacher(home / "outputs" / "a").backbone
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        row = Probed(backbone, 2)(images)
+        row = Probed(backbone, 2, patch_mean=True)(images)
         before, last = backbone.last_tokens(images, 2)
     dim = backbone.output_dim
     assert row.shape == (3, 3 * dim)
     for part, expected in zip(row.split(dim, dim=1), (before[:, 0], last[:, 0], last[:, 1:].mean(1))):
         assert torch.equal(part, expected)
-    from dino.evaluator.features import Features
+    probed = Probed(backbone, 2, patch_mean=True)
+    assert torch.equal(probed.own(Features(row, torch.zeros(3))).rows, last[:, 0])
 
-    assert torch.equal(Probed(backbone, 2).own(Features(row, torch.zeros(3))).rows, last[:, 0])
+
+class Blocks(nn.Module):
+    """A ViT as the probe asks it: each of its last blocks gives tokens of its own."""
+
+    def __init__(self, output_dim, depth=12):
+        super().__init__()
+        self.output_dim = output_dim
+        self.outputs = list(torch.randn(depth, 3, 5, output_dim, generator=torch.Generator().manual_seed(0)))
+
+    def last_tokens(self, images, count):
+        return self.outputs[-count:]
+
+
+@pytest.mark.parametrize(
+    ("output_dim", "options", "blocks", "with_mean"),
+    [
+        (384, {}, 4, False),  # ViT-S: eval_linear.py --n_last_blocks 4 --avgpool_patchtokens false
+        (768, {}, 1, True),  # ViT-B: --n_last_blocks 1 --avgpool_patchtokens true
+        (768, {"layers": 4, "patch_mean": False}, 4, False),
+        (192, {"patch_mean": True}, 4, True),
+    ],
+)
+def test_the_probe_reads_what_the_authors_read_of_an_architecture(output_dim, options, blocks, with_mean):
+    config = compose([f"{key}={value}" for key, value in options.items()], "evaluate", CONF)
+    backbone = Blocks(output_dim)
+    probed = Probed(backbone, config["layers"], config["patch_mean"])
+    row = probed(torch.zeros(3, 3, 32, 32))
+    expected = [tokens[:, 0] for tokens in backbone.outputs[-blocks:]]
+    expected += [backbone.outputs[-1][:, 1:].mean(dim=1)] * with_mean
+    assert torch.equal(row, torch.cat(expected, dim=1))
+    assert torch.equal(probed.own(Features(row, torch.zeros(3))).rows, backbone.outputs[-1][:, 0])
 
 
 @pytest.mark.parametrize(

@@ -20,16 +20,23 @@ from dino.loading.broken import first_readable
 from dino.runtime.device import autocast_for
 from dino.runtime.refused import Refused
 
+VIT_B = 768  # its width
 MOST_PAIRS = 2000  # images of which two views are compared: the share is then known to about 2 %
 
 
 class Probed(nn.Module):
-    """What the linear probe reads: of a ViT the CLS tokens of the last blocks and the mean of the last patches (as the
-    authors' eval_linear), of any other backbone its features."""
+    """What the linear probe reads: of a ViT the CLS tokens of the last `layers` blocks and, with `patch_mean`, the mean
+    of the last block's patches; of any other backbone its features.
 
-    def __init__(self, backbone: Any, layers: int) -> None:
+    None is what the authors' eval_linear.py takes: of ViT-S 4 blocks without the mean, of ViT-B 1 block with it.
+    """
+
+    def __init__(self, backbone: Any, layers: int | None = None, patch_mean: bool | None = None) -> None:
         super().__init__()
-        self.backbone, self.layers = backbone, layers
+        large = int(backbone.output_dim) >= VIT_B
+        self.layers = layers if layers is not None else 1 if large else 4
+        self.patch_mean = large if patch_mean is None else patch_mean
+        self.backbone = backbone
         self.of_vit = hasattr(backbone, "last_tokens")
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
@@ -37,12 +44,18 @@ class Probed(nn.Module):
             features: Tensor = self.backbone(images)
             return features
         of_layers = self.backbone.last_tokens(images, self.layers)
-        return torch.cat([*(tokens[:, 0] for tokens in of_layers), of_layers[-1][:, 1:].mean(dim=1)], dim=1)
+        parts = [tokens[:, 0] for tokens in of_layers]
+        if self.patch_mean:
+            parts.append(of_layers[-1][:, 1:].mean(dim=1))
+        return torch.cat(parts, dim=1)
 
     def own(self, probed: Features) -> Features:
         """The features of the backbone itself, which stand among those that the probe reads."""
+        if not self.of_vit:
+            return probed
         width = int(self.backbone.output_dim)
-        return Features(probed.rows[:, -2 * width : -width], probed.labels) if self.of_vit else probed
+        end = probed.rows.shape[1] - width * self.patch_mean  # the last CLS token's
+        return Features(probed.rows[:, end - width : end], probed.labels)
 
 
 @dataclass
@@ -63,7 +76,8 @@ class Measures:
     seed: int = 0
     ks: Sequence[int] = (10, 20, 100, 200)
     temperature: float = 0.07
-    layers: int = 4
+    layers: int | None = None
+    patch_mean: bool | None = None
     few_shot: Sequence[float] = (0.01, 0.1)
     probe_epochs: int = 100
     finetune_epochs: int = 20
@@ -76,7 +90,7 @@ class Measures:
     def of(self, name: str, backbone: nn.Module, wanted: Sequence[str]) -> dict[str, float]:
         """Each of `wanted` (knn, linear, logistic, few_shot, finetune, unsupervised) that these images allow."""
         wanted = [measure for measure in wanted if self.labelled or measure == "unsupervised"]
-        network, found = Probed(backbone.to(self.device), self.layers), dict[str, float]()
+        network, found = Probed(backbone.to(self.device), self.layers, self.patch_mean), dict[str, float]()
         wide = {split: self.features(name, network, split) for split in self.data}
         train, val = network.own(wide["train"]), network.own(wide["val"])
         if "knn" in wanted:
@@ -136,7 +150,7 @@ class Measures:
         depends_on = {
             "images": [split, type(data).__name__, len(data), fingerprint_of(data)],
             "transform": [transform.size, transform.mean, transform.std],
-            "network": [str(network), network.layers, self.precision],
+            "network": [str(network), network.layers, network.patch_mean, self.precision],
         }
         found = kept(self.kept_in, depends_on, network, make).read()
         if not len(found.labels):
