@@ -33,7 +33,7 @@ from torch import nn
 from dino.config import CONF, build_node, compose
 from dino.config.check import OWN, Rule
 from dino.config.machine import check_machine
-from dino.config.node import Problems, is_node, misfits, with_random_weights
+from dino.config.node import Problems, misfits, with_random_weights
 from dino.dataset.cache import cached
 from dino.evaluator.features import RawPixels
 from dino.evaluator.measures import Measures
@@ -42,6 +42,7 @@ from dino.history import History
 from dino.logger import Loggers
 from dino.run.checkpoint import FOLDER, newest_checkpoint
 from dino.run.directory import CONFIG, lock, state_of
+from dino.runtime.annotated import is_node
 from dino.runtime.device import choose_precision, default_workers, describe, use_device
 from dino.runtime.refused import Refused
 from dino.weights import load_teacher

@@ -26,9 +26,10 @@ from submitit.helpers import RsyncSnapshot, environment_variables
 from dino.config import CONF
 from dino.config.check import check, warnings_of
 from dino.config.composition import composed, plain
-from dino.config.node import Misfit, described, did_you_mean, fitted
+from dino.config.node import did_you_mean
 from dino.config.sweep import Sweep, sweep_of
 from dino.run.directory import check_claim, state_of
+from dino.runtime.annotated import Misfit, described, fitted
 from dino.runtime.refused import Refused, shown
 from launch.cluster import remarks
 from launch.job import Job

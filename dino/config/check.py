@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from dino.config.machine import check_machine
-from dino.config.node import Misfit, Problems, TooLarge, did_you_mean, fitted, is_node, misfits
+from dino.config.node import Problems, did_you_mean, misfits
 from dino.config.trial import GIVEN_BY_THE_RUN, arguments_of, try_parts
+from dino.runtime.annotated import Misfit, TooLarge, fitted, is_node
 from dino.runtime.device import DEVICES
 from dino.runtime.nested import value_at
 from dino.runtime.processes import place

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dino.config.node import Problems, annotations, build_node, fitted_or_left, is_node, locate, sentence
+from dino.config.node import Problems, build_node, locate, sentence
+from dino.runtime.annotated import annotations, fitted_or_left, is_node
 from dino.runtime.nested import value_at
 from dino.runtime.processes import place
 from dino.runtime.refused import shown

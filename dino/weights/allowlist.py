@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from dino.runtime.annotated import annotations, fitted_or_left
 from dino.runtime.files import path_exists
 from dino.runtime.refused import Refused, shown
 
@@ -78,12 +79,18 @@ def dotted(name: str) -> bool:
     return all(part.isidentifier() for part in name.split("."))
 
 
-def network(node: Mapping[str, Any], **late: Any) -> nn.Module:
-    """The network of a node that `allowed` has passed, the networks within it first. `late`: further arguments."""
-    arguments = {key: _made(value) for key, value in node.items() if not key.startswith("_")}
+def network(node: Mapping[str, Any], **late: Any) -> Any:
+    """The network of a node that `allowed` has passed, the networks within it first. `late`: further arguments.
+
+    As build_node makes it in training: lists become tuples and ints floats as annotated, and with `_partial_: true` and
+    no late arguments it is a functools.partial.
+    """
     make: Any = _class(node["_target_"])
-    made: nn.Module = make(**arguments, **late)
-    return made
+    hints = annotations(make)
+    given = {key: _made(value) for key, value in node.items() if not key.startswith("_")} | late
+    arguments = {key: fitted_or_left(value, hints.get(key, Any)) for key, value in given.items()}
+    waits = node.get("_partial_", False) is True and not late
+    return functools.partial(make, **arguments) if waits else make(**arguments)
 
 
 def _known(group: Group, target: Any) -> bool:

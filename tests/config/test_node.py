@@ -5,7 +5,8 @@ from typing import Literal
 
 import pytest
 
-from dino.config.node import Misfit, build_node, fitted, misfits
+from dino.config.node import build_node, misfits
+from dino.runtime.annotated import Misfit, fitted
 from dino.runtime.refused import Refused
 
 

@@ -3,7 +3,9 @@
 Each kind of payload was seen to do its harm before dino/weights/allowlist.py was there: to execute, import or download.
 """
 
+import functools
 import hashlib
+import importlib
 import json
 import sys
 import threading
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_evaluate import program as python
 from test_train import ROOT, TINY, program
 
@@ -317,24 +319,30 @@ def test_every_class_of_conf_may_be_named_by_a_file():
 # ---- networks of one's own ------------------------------------------------------------------------------------------
 
 OWN = """
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 class Stem(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, stride: tuple[int, int]) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(3, width, 8, stride=8)
+        self.convolution = nn.Conv2d(3, width, stride, stride=stride)
+        self.gain = {(8, 8): 2.0}[stride]  # no list is a key
 
     def forward(self, images):
-        return self.convolution(images)
+        return self.gain * self.convolution(images)
+
+class Norm(nn.LayerNorm):
+    pass
 
 class Net(nn.Module):
-    def __init__(self, stem: nn.Module, width: int = 6) -> None:
+    def __init__(self, stem: nn.Module, norm: Callable[[int], nn.Module], width: int = 6) -> None:
         super().__init__()
-        self.output_dim, self.stem = width, stem
+        self.output_dim, self.stem, self.norm = width, stem, norm(width)
 
     def forward(self, images):
-        return self.stem(images).relu().mean(dim=(2, 3))
+        return self.norm(self.stem(images).relu().mean(dim=(2, 3)))
 
 def function(width):
     return Stem(width)
@@ -342,7 +350,8 @@ def function(width):
 OWN_YAML = """
 _target_: my_package.nets.Net
 width: 6
-stem: {_target_: my_package.nets.Stem, width: 6}
+stem: {_target_: my_package.nets.Stem, width: 6, stride: [8, 8]}
+norm: {_target_: my_package.nets.Norm, _partial_: true, eps: 0.001}
 """
 
 
@@ -388,6 +397,21 @@ def test_a_network_of_ones_own_is_loaded_with_trust_alone(own, monkeypatch, file
         dino.load_teacher(path, trust="my_package.nets.Net")
     with pytest.raises(ValueError, match="trust=.*expected dotted names"):
         dino.load_teacher(path, trust=("my package",))
+    for name in ("my_package", "my_package.nets"):
+        sys.modules.pop(name, None)
+
+
+def test_a_network_of_ones_own_is_built_as_in_training(own, monkeypatch):
+    """Its networks first, lists as tuples where the class says so, and what is partial waits for its arguments."""
+    monkeypatch.syspath_prepend(str(own))
+    nets = importlib.import_module("my_package.nets")
+    by_hand = nets.Net(nets.Stem(6, (8, 8)), functools.partial(nets.Norm, eps=0.001))
+    saved = load_file(own / "outputs" / "a" / "teacher.safetensors")
+    weights = {name: value for name, value in saved.items() if name.startswith("backbone.")}
+    by_hand.load_state_dict({name.removeprefix("backbone."): value for name, value in weights.items()})
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    teacher = dino.load_teacher(own / "outputs" / "a", trust=("my_package",))
+    assert torch.equal(teacher.backbone(images), by_hand.eval()(images))
     for name in ("my_package", "my_package.nets"):
         sys.modules.pop(name, None)
 
