@@ -171,7 +171,8 @@ def subject_of(config: dict[str, Any]) -> Subject:
             pretrained := node.get("pretrained", False), pretrained
         )
         name = f"{type(backbone).__name__}, {weights}"
-        prepared, directory = {"size": config["dataset"]["eval_size"]}, None
+        size = {"size": config["dataset"]["eval_size"]}
+        prepared, directory = size | getattr(backbone, "normalisation", {}), None  # those without it want ImageNet's
     else:
         given = Path(config["run"] or config["checkpoint"])
         try:

@@ -16,10 +16,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from dino.augmentation import EvalTransform
+from dino.augmentation import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
 from dino.config import CONF, compose
 from dino.dataset.textures import Textures
-from dino.evaluate import RESULTS, evaluate, table
+from dino.evaluate import RESULTS, evaluate, measures_of, subject_of, table
 from dino.evaluator.features import Features, features_of
 from dino.evaluator.measures import Probed
 from dino.history import History
@@ -168,6 +168,22 @@ def test_a_backbone_is_measured_on_images_of_its_own(tmp_path, monkeypatch, caps
     results = evaluate(config_of("backbone=resnet_small", "backbone.width=8", *images))
     assert results["raw_pixels"].keys() == {"knn_3", *UNSUPERVISED}
     assert (tmp_path / "outputs" / "evaluate" / "SmallResNet_random_weights" / RESULTS).is_file()
+
+
+def test_weights_of_timms_own_are_measured_on_images_normalised_as_timm_says(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    torch.save(timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0).state_dict(), "weights.pth")
+    overrides = ["backbone=timm", "backbone.model_name=vit_tiny_patch16_224", "+backbone.depth=1", "dataset=textures"]
+    local = "+backbone.pretrained_cfg_overlay={file: weights.pth, mean: [0.5, 0.5, 0.5], std: [0.5, 0.4, 0.3]}"
+
+    def transform(*more):
+        config = config_of(*overrides, *more)
+        return measures_of(config, subject_of(config)).transform
+
+    of_timm = transform("backbone.pretrained=true", local)
+    assert (of_timm.mean, of_timm.std) == ((0.5, 0.5, 0.5), (0.5, 0.4, 0.3))
+    assert (transform().mean, transform().std) == (IMAGENET_MEAN, IMAGENET_STD)  # random weights know no images
 
 
 def test_images_without_labels_are_measured_without(tmp_path, home, monkeypatch, capsys):

@@ -15,6 +15,8 @@ class Timm(nn.Module):
     only the size that they were made for.
     Raises ValueError for a name that timm does not know, ImportError where timm is not installed, FileNotFoundError
     where the pretrained weights are not to be had.
+
+    `.normalisation`: mean and std of the images that timm's weights were trained on; empty with random weights.
     """
 
     def __init__(self, model_name: str, pretrained: bool = False, **options: Any) -> None:
@@ -44,6 +46,8 @@ class Timm(nn.Module):
             ) from error
         # The width of the features: some models (MobileNet-V3) have one more layer between the last map and them.
         self.output_dim: int = getattr(self.network, "head_hidden_size", self.network.num_features)
+        known = self.network.pretrained_cfg if pretrained else {}
+        self.normalisation = {key: tuple(known[key]) for key in ("mean", "std") if key in known}
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch {self.output_dim}"]:
         """The pooled features."""
