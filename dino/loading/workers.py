@@ -6,6 +6,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ from torch.utils.data import DataLoader
 # them is waited for, and a run that hangs over night loses ten minutes of it.
 PATIENCE = 600.0
 GRACE = 1.0  # seconds for the workers of a closed loader to end by themselves
+# How workers start; None: as Python starts processes. On Linux that is a fork server from Python 3.14 on: each worker
+# would import torch anew, and a data set that is kept in memory would be pickled and copied to shared memory, of which
+# a container may have 64 MB. A fork shares the memory as it is.
+START = "fork" if sys.platform == "linux" else None
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # those of dino.run.stop.StopSignal
 HANGS = "the data workers (pids {}) have handed over nothing for {:g} s: the disk, or what reads the images, hangs"
 END = object()
@@ -38,7 +43,10 @@ class Loader(DataLoader[Any]):
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **{"worker_init_fn": _outlive_signals, **options})
+        options = {"worker_init_fn": _outlive_signals} | options
+        if options.get("num_workers"):
+            options["multiprocessing_context"] = options.get("multiprocessing_context") or START
+        super().__init__(*arguments, **options)
 
     def __iter__(self) -> Any:
         if not self.num_workers:

@@ -204,6 +204,17 @@ def test_the_process_itself_gets_signals_as_before():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS spawns")
+def test_workers_are_forks_whatever_this_python_starts_processes_by():
+    images = Gray(lambda index: None)  # which cannot be pickled
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)  # Python 3.14's
+    try:
+        assert len([list(parts) for _, parts in steps(images)]) == 16
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
 class SlowAfter(Slow):
     """Image 4 and those after it take `seconds`."""
 
