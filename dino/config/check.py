@@ -57,6 +57,8 @@ NAMES = Rule(
     lambda v: all(map(dotted, v)),
 )
 
+MOST_EVAL_PIXELS = 2**14  # that of dino.augmentation, which takes a second to import
+
 # conf/train.yaml's keys outside the groups, and what every dataset's YAML gives for others to read.
 OWN: dict[str, Rule] = {
     "seed": Rule(int, "a whole number from 0 to 4294967295", lambda v: 0 <= v < 2**32),
@@ -100,7 +102,9 @@ OWN: dict[str, Rule] = {
     "dataset.local_scale": Rule(tuple[float, float]),
     "dataset.out_dim": Rule(int, "a whole number from 2 to 10,000,000", lambda v: 2 <= v <= 10**7),
     "dataset.teacher_momentum": FRACTION,
-    "dataset.eval_size": _from(1),
+    "dataset.eval_size": Rule(
+        int, f"a whole number from 1 to {MOST_EVAL_PIXELS}", lambda v: 1 <= v <= MOST_EVAL_PIXELS
+    ),
     "dataset.evaluate_every_epochs": _from(1),
 }
 MOST_VIEWS = 1000  # of one image, each a forward pass: far above any use, and still made in an instant

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from dino.augmentation import EvalTransform
+from dino.augmentation import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
 from dino.evaluator.features import UNREAD, Features, RawPixels, batches, calibrate, features_of
 from dino.evaluator.neighbours import knn_predictions
 from dino.runtime.memory import oom_advice_on_all_ranks
@@ -41,8 +41,8 @@ class KNN:
         for name, value in (("size", size), ("k", k), ("temperature", temperature), ("batch_size", batch_size)):
             if not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}.")
-        self.k, self.temperature, self.batch_size = k, temperature, batch_size
-        self.transform = EvalTransform(size)
+        self.size, self.k, self.temperature, self.batch_size = size, k, temperature, batch_size
+        EvalTransform(size)  # refuses a size that cannot be
 
     def __call__(self, backbone: nn.Module, train: Any, val: Any, **how: Any) -> dict[str, float]:
         """The figures of `measure`, which takes the same arguments."""
@@ -53,7 +53,8 @@ class KNN:
         backbone: nn.Module,
         train: Any,
         val: Any,
-        transform: EvalTransform | None = None,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
         device: torch.device | str = "cpu",
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         num_workers: int = 0,
@@ -61,12 +62,13 @@ class KNN:
     ) -> Measured:
         """{"knn": accuracy in [0, 1] of `val` by its neighbours in `train`}. The backbone is used in eval mode.
 
-        transform: how images are prepared; None: of `size` pixels, normalised as ImageNet.
+        mean, std: how images of `size` pixels are normalised, as in training.
         Images that cannot be read are left out, with a sentence each in the log and in `broken`.
         """
         if train.classes is None or val.classes is None:
             return NOTHING
-        rest = (transform or self.transform, device, autocast, self.batch_size, num_workers, broken)
+        transform = EvalTransform(self.size, mean, std)
+        rest = (transform, device, autocast, self.batch_size, num_workers, broken)
         advice = f"in k-NN; an evaluator.batch_size below {self.batch_size} takes less"
         with oom_advice_on_all_ranks(advice):
             mine, share = (features_of(backbone, Subset(data, rank_indices(len(data))), *rest) for data in (train, val))
@@ -85,7 +87,8 @@ class KNN:
         backbone: nn.Module,
         train: Any,
         val: Any,
-        transform: EvalTransform | None = None,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
         device: torch.device | str = "cpu",
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         num_workers: int = 0,
@@ -95,8 +98,8 @@ class KNN:
         if train.classes is None or val.classes is None:
             return {}
         log.info("measuring raw pixels and the untrained backbone, %d images each", len(train) + len(val))
-        transform = transform or self.transform
-        rest = (train, val, transform, device, autocast, num_workers, broken)
+        transform = EvalTransform(self.size, mean, std)
+        rest = (train, val, mean, std, device, autocast, num_workers, broken)
         images = (views for views, *_ in batches(train, transform, self.batch_size, num_workers, shuffle=True))
         calibrated = calibrate(backbone, (transform.normalise(batch.to(device)) for batch in images), autocast)
         networks = {"raw_pixels": RawPixels(), "untrained": calibrated}

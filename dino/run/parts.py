@@ -106,7 +106,8 @@ class Parts:
             backbone,
             self.data.train_set,
             self.data.val_set,
-            transform=self.data.eval_transform,
+            mean=self.data.transform.mean,
+            std=self.data.transform.std,
             device=self.device,
             autocast=self.learner.autocast,
             num_workers=0

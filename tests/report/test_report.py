@@ -374,7 +374,7 @@ def test_the_commit_is_gits_and_that_of_another_project_is_not_taken(tmp_path, m
     package = tmp_path / "dino"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    monkeypatch.setattr("dino.report.environment.__file__", str(package / "environment.py"))
+    monkeypatch.setattr(sys.modules["dino.report.environment"], "__file__", str(package / "environment.py"))
     assert environment()["commit"] == "none: not run from a checkout"
     (tmp_path / "other").write_text("")
     git("init", "-q")
