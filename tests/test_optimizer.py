@@ -138,8 +138,8 @@ LARGE = ["scheduler.final_weight_decay=0.1", "scheduler.reference_batch_size=64"
 )
 def test_rate_and_decay_are_the_recipe_of_the_optimizers_yaml(overrides, decay, final_decay, peak):
     run = dino.build(dino.compose([*RUN, *overrides]))
-    assert run.effective_batch == 128
-    first, last = run.schedule(0), run.schedule(run.total_steps)
+    assert run.data.batching.effective_batch == 128
+    first, last = run.schedule(0), run.schedule(run.data.total_steps)
     assert (first.weight_decay, last.weight_decay) == pytest.approx((decay, final_decay))
     assert run.schedule(run.schedule.warmup_steps).learning_rate == pytest.approx(peak)
     run.schedule(0).apply(run.optimizer)

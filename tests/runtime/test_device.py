@@ -6,7 +6,7 @@ import torch
 import dino.visualize
 from dino.config import CONF, compose
 from dino.evaluate import evaluate
-from dino.run.run import assemble
+from dino.run.parts import assemble
 from dino.runtime.rng import rng_state, set_rng_state
 from dino.train import run
 
