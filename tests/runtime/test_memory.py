@@ -94,14 +94,14 @@ def test_other_errors_are_left_as_they_are():
     with pytest.raises(RuntimeError, match="^shapes differ$"), oom_advice(""):
         raise RuntimeError("shapes differ")
     with pytest.raises(RuntimeError, match="^shapes differ$"):
-        skip_when_out_of_memory(lambda: raise_it(RuntimeError("shapes differ")))
+        skip_when_out_of_memory(lambda: raise_it(RuntimeError("shapes differ")), None)
     assert not is_out_of_memory(pickle.PicklingError("DefaultCPUAllocator: not of torch"))
 
 
 def test_what_cannot_be_measured_for_want_of_memory_is_a_warning(caplog):
     with caplog.at_level(logging.WARNING, "dino"):
-        assert skip_when_out_of_memory(lambda: {"knn": 0.5}) == {"knn": 0.5}
-        assert skip_when_out_of_memory(lambda: {"knn": torch.empty(10**15).sum().item()}) == {}
+        assert skip_when_out_of_memory(lambda: {"knn": 0.5}, {}) == {"knn": 0.5}
+        assert skip_when_out_of_memory(lambda: {"knn": torch.empty(10**15).sum().item()}, {}) == {}
     (record,) = caplog.records
     assert "not measured: " in record.getMessage()
     assert "training goes on" in record.getMessage()
