@@ -15,18 +15,10 @@ from dino.backbone.vit import ViT
 from dino.backbone.vit_tiny import ViTTiny
 from dino.head import DinoProjectionHead
 from dino.model import DinoModel
+from dino.report.attention import attention_maps, grid_of, mass_mask, patch_tokens, pca_rgb, principal_colours
 from dino.report.pictures import images_in, overlay, painted, row_of
 from dino.runtime.refused import Refused
-from dino.visualize import (
-    attention_maps,
-    grid_of,
-    main,
-    mass_mask,
-    patch_tokens,
-    pca_rgb,
-    principal_colours,
-    visualize,
-)
+from dino.visualize import main, visualize
 from dino.weights import save_teacher
 
 PREPROCESSING = {"size": 32, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
