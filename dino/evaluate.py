@@ -24,16 +24,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
 from torch import nn
 
 from dino.config import CONF, build_node, compose
-from dino.config.check import OWN, Rule
 from dino.config.machine import check_machine
 from dino.config.node import Problems, misfits, with_random_weights
+from dino.config.settings import Evaluate, Kept, errors_in
 from dino.dataset.cache import cached
 from dino.evaluator.features import RawPixels
 from dino.evaluator.measures import Measures
@@ -52,29 +52,6 @@ from dino.weights.checkpoint_file import read_checkpoint
 log = logging.getLogger("dino.evaluate")
 RESULTS = "evaluation.json"
 PLAIN = ("rankme", "alpha")  # figures that are no shares
-KEPT = ("cache", "cache_side")  # of a data set: how its images are kept in memory
-ABOVE_ZERO = Rule(int, "a whole number above 0", lambda v: v > 0)
-KEYS: dict[str, Rule] = {
-    "run": OWN["init_from"],
-    "checkpoint": OWN["init_from"],
-    "trust": OWN["trust"],
-    "measures": Rule(list[Literal["knn", "linear", "logistic", "few_shot", "finetune", "unsupervised"]]),
-    "baselines": Rule(bool),
-    "size": Rule(int | None, "a whole number above 0, or null", lambda v: v is None or v > 0),
-    "output": OWN["init_from"],
-    "seed": OWN["seed"],
-    "device": OWN["device"],
-    "precision": Rule(Literal["auto", "fp32", "bf16"]),
-    "batch_size": ABOVE_ZERO,
-    "num_workers": OWN["training.num_workers"],
-    "ks": Rule(list[int], "whole numbers above 0, one or more", lambda v: v and min(v) > 0),
-    "temperature": OWN["teacher.temp"],
-    "layers": Rule(int | None, "a whole number above 0, or null", lambda v: v is None or v > 0),
-    "patch_mean": Rule(bool | None, "true, false or null"),
-    "few_shot": Rule(list[float], "shares of the labels, in (0, 1]", lambda v: all(0 < share <= 1 for share in v)),
-    "probe_epochs": ABOVE_ZERO,
-    "finetune_epochs": ABOVE_ZERO,
-}
 
 
 @dataclass
@@ -143,9 +120,8 @@ def evaluate(config: dict[str, Any]) -> dict[str, dict[str, float]]:
 def problems_of(config: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for each key that cannot be used, the key first."""
     problems = Problems()
-    for key, rule in KEYS.items():
-        if wrong := rule.against(key, config[key]):
-            problems.add(key, wrong)
+    for key, text in errors_in(Evaluate, config):
+        problems.add(key, text)
     check_machine(config, problems, parameters=0)
     yield from problems.values()
     given = [key for key in ("run", "checkpoint", "backbone") if config[key] is not None]
@@ -216,10 +192,9 @@ def from_run(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     dataset, augmentation, loggers = parts
     trust, found = config["trust"], dict[str, Any]()
     if config["dataset"] is None and dataset:
-        problems = [wrong for key in KEPT if (wrong := OWN[f"dataset.{key}"].against(key, dataset.get(key)))]
-        if problems:
-            raise Refused(*(f"{path}: dataset.{problem}" for problem in problems))
-        found["dataset"] = {key: dataset[key] for key in KEPT}
+        if problems := list(errors_in(Kept, {key: dataset.get(key) for key in Kept.model_fields})):
+            raise Refused(*(f"{path}: dataset.{text}" for _, text in problems))
+        found["dataset"] = {key: dataset[key] for key in Kept.model_fields}
         found["dataset"] |= {split: allowed("dataset", dataset.get(split), path, trust) for split in ("train", "val")}
     if augmentation:
         found["augmentation"] = allowed("augmentation", augmentation, path, trust)
