@@ -26,7 +26,7 @@ LAYERS = [
     ["weights", "history", "logger", "loading"],
     ["evaluator"],
     ["report"],
-    ["config.check", "config.composition", "config.machine", "config.node", "config.trial"],
+    ["config.check", "config.composition", "config.machine", "config.node", "config.settings", "config.trial"],
     ["run"],
     ["config"],
     ["train", "evaluate", "visualize", "compare"],

@@ -12,6 +12,7 @@ import torch
 from dino.augmentation import DINOTransform
 from dino.config.check import nodes
 from dino.config.node import build_node, with_random_weights
+from dino.config.settings import Settings
 from dino.config.trial import arguments_of
 from dino.dataset.cache import cached
 from dino.evaluator.knn import Measured
@@ -138,16 +139,17 @@ class Parts:
 
 def assemble(config: dict[str, Any]) -> Parts:
     """Builds every part, on its device. Raises Refused, in sentences, where one can't be had."""
-    device = use_device(config["device"])
-    precision, here = choose_precision(config["precision"], device), place()
+    settings = Settings.model_validate(config)
+    device = use_device(settings.device)
+    precision, here = choose_precision(settings.precision, device), place()
     words, on_this_machine = topology(device)
-    data = _data(config, device, here, on_this_machine)
-    seed_all(config["seed"])
-    schedule = _schedule(config, data)
-    learner = _learner(config, data, schedule, device, precision)
-    untrained = _untrained(config, learner.teacher.backbone)
+    data = _data(settings, device, here, on_this_machine)
+    seed_all(settings.seed)
+    schedule = _schedule(settings, data)
+    learner = _learner(settings, data, schedule, device, precision)
+    untrained = _untrained(settings, learner.teacher.backbone)
     if here.rank:
-        seed_all((config["seed"] + here.rank) % 2**32)  # the same weights, from here on other draws (of drop path)
+        seed_all((settings.seed + here.rank) % 2**32)  # the same weights, from here on other draws (of drop path)
     return Parts(
         device=device,
         precision=precision,
@@ -157,90 +159,90 @@ def assemble(config: dict[str, Any]) -> Parts:
         learner=learner,
         schedule=schedule,
         untrained=untrained,
-        evaluator=build_node(config["evaluator"]),
+        evaluator=build_node(settings.evaluator),
     )
 
 
-def _data(config: dict[str, Any], device: torch.device, here: Place, on_this_machine: int) -> Data:
-    training, cache = config["training"], config["dataset"]["cache"]
+def _data(settings: Settings, device: torch.device, here: Place, on_this_machine: int) -> Data:
+    training, cache = settings.training, settings.dataset.cache
     with barrier_refusals(), rank_zero_first():
-        datasets = {split: build_node(config["dataset"][split]) for split in ("train", "val")}
+        datasets = {split: build_node(getattr(settings.dataset, split)) for split in ("train", "val")}
     accumulation = accumulation_for(
-        training["batch_size"],
-        training["gradient_accumulation_steps"],
-        training["effective_batch"],
+        training.batch_size,
+        training.gradient_accumulation_steps,
+        training.effective_batch,
         here.world_size,
     )
-    batching = Batching(training["batch_size"], accumulation, config["seed"], here.rank, here.world_size)
+    batching = Batching(training.batch_size, accumulation, settings.seed, here.rank, here.world_size)
     images = len(datasets["train"])
     batching.steps_per_epoch(images)  # refuses too few images before any is used
-    steps_per_epoch, total_steps = steps_of(images, batching.effective_batch, training["epochs"], training["max_steps"])
+    steps_per_epoch, total_steps = steps_of(images, batching.effective_batch, training.epochs, training.max_steps)
     with barrier_refusals():
-        datasets = cached(datasets, cache, config["dataset"]["cache_side"], device, on_this_machine)
-    workers = training["num_workers"]
+        datasets = cached(datasets, cache, settings.dataset.cache_side, device, on_this_machine)
+    workers = training.num_workers
     workers = default_workers(device) if workers == "auto" else workers
     return Data(
         train_set=datasets["train"],
         val_set=datasets["val"],
-        transform=build_node(config["augmentation"]),
-        eval_size=config["dataset"]["eval_size"],
+        transform=build_node(settings.augmentation),
+        eval_size=settings.dataset.eval_size,
         batching=batching,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
-        loading=Loading(device, workers, training["device_does"], cached_on_device=cache == "device"),
+        loading=Loading(device, workers, training.device_does, cached_on_device=cache == "device"),
     )
 
 
-def _schedule(config: dict[str, Any], data: Data) -> Schedule:
+def _schedule(settings: Settings, data: Data) -> Schedule:
     schedule: Schedule = build_node(
-        config["scheduler"],
-        epochs=config["training"]["epochs"],
+        settings.scheduler,
+        epochs=settings.training.epochs,
         steps_per_epoch=data.steps_per_epoch,
         effective_batch=data.batching.effective_batch,
-        lr=config["optimizer"]["lr"],
-        weight_decay=config["optimizer"]["weight_decay"],
-        freeze_last_layer_epochs=config["training"]["freeze_last_layer_epochs"],
-        **config["teacher"],
+        lr=settings.optimizer["lr"],
+        weight_decay=settings.optimizer["weight_decay"],
+        freeze_last_layer_epochs=settings.training.freeze_last_layer_epochs,
+        **settings.teacher.model_dump(),
     )
     return schedule
 
 
-def _learner(config: dict[str, Any], data: Data, schedule: Schedule, device: torch.device, precision: str) -> Learner:
-    training = config["training"]
-    backbone = build_node(config["backbone"])
-    head = build_node(config["head"], input_dim=backbone.output_dim)
+def _learner(settings: Settings, data: Data, schedule: Schedule, device: torch.device, precision: str) -> Learner:
+    training = settings.training
+    backbone = build_node(settings.backbone)
+    head = build_node(settings.head, input_dim=backbone.output_dim)
     student = DinoModel(backbone, head)
-    if config["init_from"] is not None:
-        _initialise(student, config)
-    if training["synchronise_batch_norm"]:
+    if settings.init_from is not None:
+        _initialise(student, settings.init_from, settings)
+    if training.synchronise_batch_norm:
         synchronise_batch_norm(student, device)
     student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher = make_teacher(student)
-    if training["sharded"]:
+    if training.sharded:
         shard(student, device)
     return Learner(
         student=student,
         teacher=teacher,
-        loss=_loss(config["loss"], data.transform).to(device),
+        loss=_loss(settings.loss, data.transform).to(device),
         optimizer=build_node(
-            arguments_of("optimizer", config["optimizer"]), params=parameter_groups(student, head.last_layer)
+            arguments_of("optimizer", settings.optimizer), params=parameter_groups(student, head.last_layer)
         ),
         schedule=schedule,
-        max_norm=float(training["gradient_clip"] or math.inf),
+        max_norm=float(training.gradient_clip or math.inf),
         autocast=autocast_for(device, precision),
-        scaler=_scaler(device, precision, training["skip_nonfinite_steps"]),
+        scaler=_scaler(device, precision, training.skip_nonfinite_steps),
     )
 
 
-def _untrained(config: dict[str, Any], backbone: torch.nn.Module) -> torch.nn.Module:
+def _untrained(settings: Settings, backbone: torch.nn.Module) -> torch.nn.Module:
     """The backbone before the first step; where it is pretrained or comes from `init_from`, another one with the random
     weights that it would have had. On the CPU, since a GPU has better use for its memory.
     """
-    node = config["backbone"]
-    if not node.get("pretrained") and config["init_from"] is None:
+    node = settings.backbone
+    if not node.get("pretrained") and settings.init_from is None:
         return copy.deepcopy(backbone).cpu()
     with preserve_rng():
-        seed_all(config["seed"])
+        seed_all(settings.seed)
         untrained: torch.nn.Module = build_node(with_random_weights(node))
     return untrained
 
@@ -260,15 +262,15 @@ def _scaler(device: torch.device, precision: str, skip: int) -> torch.amp.GradSc
     return torch.amp.GradScaler(device.type, init_scale=1.0, backoff_factor=stays, growth_interval=2**31 - 1)
 
 
-def _initialise(student: DinoModel, config: dict[str, Any]) -> None:
-    """The weights of config["init_from"]. Nothing that the file names is built; the command names the student."""
-    source = config["init_from"]
+def _initialise(student: DinoModel, source: str, settings: Settings) -> None:
+    """Gives `student` the weights at `source`. Nothing that the file names is built; the command names the student."""
     try:
         file = read_teacher(source)
         parts: dict[Group, Any] = {"backbone": file.backbone, "head": file.head}
         for group, node in parts.items():
-            named = [str(own["_target_"]) for _, own in nodes(config[group])]  # in the command: it is trusted
-            allowed(group, node, file.path, [*config["trust"], *named])
+            # What the command names is trusted.
+            named = [str(own["_target_"]) for _, own in nodes(getattr(settings, group))]
+            allowed(group, node, file.path, [*settings.trust, *named])
         file.check_shapes(student.state_dict())
         student.load_state_dict(file.weights())
     except NotAllowed as refused:

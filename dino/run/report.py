@@ -32,7 +32,7 @@ class Report:
         try:
             write_report(
                 run.directory,
-                config=run.settings,
+                config=run.config,
                 defaults=compose([], "train", CONF),
                 history=run.history,
                 backbone=run.learner.teacher.backbone,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dino.config.node import build_node
+from dino.config.settings import Settings
 from dino.history import History
 from dino.loading.data import Data
 from dino.logger import Loggers
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 class Run:
     """Settings and parts, and all that is kept of them in `directory`."""
 
-    settings: dict[str, Any]
+    config: dict[str, Any]  # as composed: what config.yaml, checkpoints and the report show
+    settings: Settings
     directory: Path
     parts: Parts
     epochs: Epochs
@@ -45,28 +47,29 @@ class Run:
         return self.parts.learner
 
     @classmethod
-    def open(cls, settings: dict[str, Any], directory: Path, state: dict[str, Any] | None, stop: StopSignal) -> "Run":
+    def open(cls, config: dict[str, Any], directory: Path, state: dict[str, Any] | None, stop: StopSignal) -> "Run":
         """Builds the parts, claims the directory, and goes on from `state`, its newest checkpoint.
 
         Raises Refused, before anything is written, where a part can't be had or the state is of another run.
         """
         with barrier_refusals(), stop.at_once():
-            parts = assemble(settings)
+            parts = assemble(config)
         with barrier_refusals():
             _check_same(parts.data, state, directory)
         if parts.place.rank == 0:
-            claim(directory, settings)  # not before: a config that can't be had leaves nothing behind
+            claim(directory, config)  # not before: a config that can't be had leaves nothing behind
         log.info("%s\ndirectory  %s", parts, directory)
         epochs = Epochs(state["iteration"] if state else 0, parts.data.total_steps, parts.data.steps_per_epoch)
         with barrier_refusals():
-            history = _history(settings, directory, state, epochs.total_steps)
+            history = _history(config, directory, state, epochs.total_steps)
         if state is not None:
             parts.learner.load_state_dict(state)
             log.info("resumed at step %d", epochs.start)
-        loggers = Loggers(list(build_node(settings["logger"] or {}).values()) if parts.place.rank == 0 else [])
-        loggers.start(directory, settings, None if state is None else state["wandb_run_id"])
+        loggers = Loggers(list(build_node(config["logger"] or {}).values()) if parts.place.rank == 0 else [])
+        loggers.start(directory, config, None if state is None else state["wandb_run_id"])
         saved = state or {"after_step": None, "rng": []}
-        return cls(settings, directory, parts, epochs, history, loggers, saved["after_step"], saved["rng"])
+        settings = Settings.model_validate(config)
+        return cls(config, settings, directory, parts, epochs, history, loggers, saved["after_step"], saved["rng"])
 
     def memory_advice(self) -> str:
         """What takes the memory of a step, and the overrides with which the same step takes less."""
@@ -74,7 +77,7 @@ class Run:
         sizes = Counter(getattr(data.transform, "sizes", ()))
         views = " and ".join(f"{number} views of {size} pixels" for size, number in sizes.items())
         model = sum(parameter.numel() for parameter in self.learner.student.parameters()) / 1e6
-        derived = self.settings["training"]["effective_batch"] is not None
+        derived = self.settings.training.effective_batch is not None
         return (
             f"at training.batch_size={batching.batch_size}, {views or f'{data.transform.ncrops} views'} an image, "
             f"{type(self.learner.student.backbone).__name__} of {model:.1f} M parameters with its head, "
@@ -119,13 +122,13 @@ def _changed(before: dict[str, int], now: dict[str, int]) -> str:
     return f"By class: {listed}{f', and {len(other) - 5:,} more' if len(other) > 5 else ''}."
 
 
-def _history(settings: dict[str, Any], directory: Path, state: dict[str, Any] | None, total_steps: int) -> History:
+def _history(config: dict[str, Any], directory: Path, state: dict[str, Any] | None, total_steps: int) -> History:
     """The history so far. Rank zero keeps it on disk; the others know its metadata."""
     if state is None or place().rank:
-        history = History({"config": settings})
+        history = History({"config": config})
         history.metadata |= {"total_steps": total_steps} if state is None else state["history"]["metadata"]
         return history
     try:
-        return History.resume(directory / "history.json", state["history"], {"config": settings})
+        return History.resume(directory / "history.json", state["history"], {"config": config})
     except (OSError, ValueError) as error:
         raise Refused(str(error)) from error

@@ -52,7 +52,7 @@ class Saving:
                 "images": data.identity,
                 "images_by_class": data.images_by_class,
                 "rng": rng,
-                "config": run.settings,
+                "config": run.config,
                 "metrics": run.history.newest("epoch"),
                 "after_step": after_step,
                 "history": run.history.state_dict(),
@@ -63,5 +63,5 @@ class Saving:
                 check_read_back(path, content)  # an odd disk shows now, not after ten hours
             prepared = data.eval_transform
             preprocessing = {"size": prepared.size, "mean": prepared.mean, "std": prepared.std}
-            save_teacher(run.directory, run.learner.teacher, run.settings, preprocessing)
+            save_teacher(run.directory, run.learner.teacher, run.config, preprocessing)
         self.saved_at = time.monotonic()

@@ -41,18 +41,18 @@ OUTSIDE_OF_STEPS = "outside of the steps; a smaller backbone or dataset.cache=no
 Loop = Callable[[Learner, Iterable[tuple[int, Iterable[MicroBatch]]], Callable[[Step], None]], None]
 
 
-def run(settings: dict[str, Any], directory: Path, loop: Loop) -> float:
-    """Trains what `settings` say in `directory`, from where that stands; returns the last k-NN accuracy (NaN: none).
+def run(config: dict[str, Any], directory: Path, loop: Loop) -> float:
+    """Trains what `config` says in `directory`, from where that stands; returns the last k-NN accuracy (NaN: none).
 
     In each of the processes that torchrun or SLURM started; rank zero alone writes. `loop`: dino.train.train.
     """
     rank_zero = place().rank == 0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(processes(use_device(settings["device"])))
+        stack.enter_context(processes(use_device(config["device"])))
         with barrier_refusals():
             if rank_zero:
                 stack.enter_context(lock(directory))
-                check_claim(directory, settings)
+                check_claim(directory, config)
         stop = stack.enter_context(StopSignal())
         stack.enter_context(log_to(directory / "train.log", rank_zero))
         stack.enter_context(full_disk_in_a_sentence(directory))
@@ -62,7 +62,7 @@ def run(settings: dict[str, Any], directory: Path, loop: Loop) -> float:
             log.info("%s is finished; change a setting, or give another name=, to train anew", directory)
             return float(state["after_step"]["evaluation"]["last_knn"])
         started = time.monotonic()
-        opened = Run.open(settings, directory, state, stop)
+        opened = Run.open(config, directory, state, stop)
         del state  # its tensors are in the parts now
         return _train(opened, loop, stop, started)
 
@@ -70,7 +70,7 @@ def run(settings: dict[str, Any], directory: Path, loop: Loop) -> float:
 def _train(run: Run, loop: Loop, stop: StopSignal, started: float) -> float:
     learner, steps = run.learner, run.data.steps(run.epochs.start)
     after_step = after_step_of(run, steps, stop)
-    if run.settings["compile"]:
+    if run.settings.compile:
         learner.student.compile()
         learner.teacher.compile()
         run.data.transform.compile()
@@ -99,7 +99,7 @@ def after_step_of(run: Run, steps: Steps, stop: StopSignal) -> AfterStep:
     finite = Finite(
         run.directory / FOLDER,
         partial(_images_of_step, run.data, steps.sampler),
-        skip=settings["training"]["skip_nonfinite_steps"],
+        skip=settings.training.skip_nonfinite_steps,
         scaled=run.parts.precision == "fp16",
     )
     recorder = Recorder(
@@ -109,12 +109,12 @@ def after_step_of(run: Run, steps: Steps, stop: StopSignal) -> AfterStep:
         finite,
         epochs,
         run.data.batching.effective_batch,
-        every=settings["log_every_steps"],
+        every=settings.log_every_steps,
         file=run.directory / "history.json" if run.parts.place.rank == 0 else None,
     )
-    evaluation = Evaluation(run.parts, run.history, epochs, stop, Report(run), every=settings["evaluate_every_epochs"])
-    checkpoint = settings["checkpoint"]
-    saving = Saving(run, epochs, checkpoint["every_epochs"], float(checkpoint["every_minutes"]), checkpoint["keep"])
+    evaluation = Evaluation(run.parts, run.history, epochs, stop, Report(run), every=settings.evaluate_every_epochs)
+    checkpoint = settings.checkpoint
+    saving = Saving(run, epochs, checkpoint.every_epochs, checkpoint.every_minutes, checkpoint.keep)
     after_step = AfterStep(epochs, recorder, evaluation, saving, stop, run.data, run.directory)
     if run.after_step is not None:
         after_step.load_state_dict(run.after_step)
