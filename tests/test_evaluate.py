@@ -19,10 +19,12 @@ from torch import nn
 from dino.augmentation import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
 from dino.config import CONF, compose
 from dino.dataset.textures import Textures
-from dino.evaluate import RESULTS, evaluate, measures_of, subject_of, table
+from dino.evaluate import evaluate, measures_of
 from dino.evaluator.features import Features, features_of
 from dino.evaluator.measures import Probed
 from dino.history import History
+from dino.run.results import RESULTS, table
+from dino.run.subject import subject_of
 from dino.runtime.refused import Refused
 from dino.weights import load_teacher
 
