@@ -1,11 +1,14 @@
 """Values of a config as the annotations of a class want them, and in words what an annotation allows."""
 
-import math
+import functools
+import json
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
+
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from dino.runtime.refused import shown
 
@@ -39,59 +42,37 @@ def fitted_or_left(value: Any, hint: Any) -> Any:
 
 
 def fitted(value: Any, hint: Any) -> Any:
-    """`value` as `hint` wants it: an int as float, a list as tuple, a str as Path. Raises Misfit: "a number", ..."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    """`value` as `hint` wants it: an int as float, a list as tuple, a text as Path. Raises Misfit: "a number", ...
+
+    JSON has no tuples and no paths, so pydantic's strict mode takes them from lists and texts there, and else keeps a
+    text from being a number and true from being 1.
+    """
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise TooLarge("a number of at most 19 digits")
-    if hint is Any or isinstance(hint, typing.TypeVar | str) or is_node(value):
+    if isinstance(hint, typing.TypeVar | str) or _holds_node(value):
         return value  # a nested node is checked as itself
-    if origin is typing.Annotated:
-        return fitted(value, arguments[0])
-    if isinstance(hint, typing.NewType):
-        return fitted(value, hint.__supertype__)
-    if origin is Literal:
-        if any(value == allowed and type(value) is type(allowed) for allowed in arguments):
-            return value
-    elif origin in (Union, types.UnionType):
-        for exact in (True, False):  # 1 for `float | int` stays an int
-            for option in arguments:
-                try:
-                    result = fitted(value, option)
-                except Misfit:
-                    continue
-                if not exact or type(result) is type(value):
-                    return result
-    elif hint is None or hint is types.NoneType:
-        if value is None:
-            return value
-    elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and _finite(value):
-            return float(value)
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif hint is Path:
-        if isinstance(value, str | Path):
-            return Path(value)
-    elif hint is tuple or origin is tuple:
-        if isinstance(value, list | tuple):
-            inner = _of_each(arguments, len(value))
-            if inner is not None:
-                return tuple(_each(value, inner, hint))
-    elif _is_list_like(origin or hint):
-        if isinstance(value, list | tuple):
-            return _each(value, [arguments[0] if arguments else Any] * len(value), hint)
-    elif isinstance(origin or hint, type) and issubclass(origin or hint, Mapping):
-        if isinstance(value, dict):
-            of = arguments[1] if len(arguments) == 2 else Any
-            return dict(zip(value, _each(list(value.values()), [of] * len(value), hint), strict=True))
-    else:
-        try:
-            if isinstance(value, origin or hint):
-                return value
-        except TypeError:  # a Protocol, say, that can't be asked
-            return value
-    raise Misfit(described(hint))
+    try:
+        taken = _adapter(hint).validate_json(json.dumps(value), strict=True)
+        if isinstance(taken, bool) is isinstance(value, bool):  # pydantic takes 1 for Literal[True]
+            return taken
+        raise Misfit(described(hint))
+    except ValidationError:
+        raise Misfit(described(hint)) from None
+    except (
+        TypeError,
+        PydanticUserError,
+    ):  # an object that the run gives; a hint that cannot be asked, such as a Protocol
+        return value
+
+
+@functools.cache
+def _adapter(hint: Any) -> Any:  # a TypeAdapter, which beartype cannot read as an annotation
+    return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
+
+
+def _holds_node(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return is_node(value) or any(map(_holds_node, inner))
 
 
 def described(hint: Any) -> str:
@@ -122,30 +103,7 @@ def described(hint: Any) -> str:
     return f"an object of {getattr(hint, '__name__', str(hint))} (a node with its _target_)"
 
 
-def _finite(value: int | float) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except OverflowError:
-        return False
-
-
 def _is_list_like(kind: Any) -> bool:
     return (
         isinstance(kind, type) and kind is not str and (kind in (list, set) or kind in (Sequence, Iterable, Collection))
     )
-
-
-def _of_each(arguments: tuple[Any, ...], length: int) -> list[Any] | None:
-    """The hint of each of `length` elements of a tuple; None where it must be of another length."""
-    if not arguments:
-        return [Any] * length
-    if Ellipsis in arguments:
-        return [arguments[0]] * length
-    return list(arguments) if len(arguments) == length else None
-
-
-def _each(values: Sequence[Any], hints: list[Any], whole: Any) -> list[Any]:
-    try:
-        return [fitted(value, hint) for value, hint in zip(values, hints, strict=True)]
-    except Misfit:
-        raise Misfit(described(whole)) from None
