@@ -53,16 +53,13 @@ def fitted(value: Any, hint: Any) -> Any:
         return value  # a nested node is checked as itself
     try:
         taken = _adapter(hint).validate_json(json.dumps(value), strict=True)
-        if isinstance(taken, bool) is isinstance(value, bool):  # pydantic takes 1 for Literal[True]
-            return taken
-        raise Misfit(described(hint))
     except ValidationError:
         raise Misfit(described(hint)) from None
-    except (
-        TypeError,
-        PydanticUserError,
-    ):  # an object that the run gives; a hint that cannot be asked, such as a Protocol
+    except (TypeError, PydanticUserError):  # an object that the run gives; a hint such as a Protocol
         return value
+    if isinstance(taken, bool) is not isinstance(value, bool):  # pydantic takes 1 for Literal[True]
+        raise Misfit(described(hint))
+    return taken
 
 
 @functools.cache
