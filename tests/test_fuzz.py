@@ -234,7 +234,7 @@ def answers(capsys, tmp_path, key: str, text: str, one: bool = True) -> str | No
     def main(config, directory):
         started.append(directory)
 
-    sys.argv = ["train", "device=cpu", f"{key}={text}"]
+    sys.argv = ["train", "device=cpu", quoted(f"{key}={text}")]
     try:
         main()
     except SystemExit as stopped:

@@ -1,6 +1,7 @@
 """Composition by hydra that names every bad override, not the first alone, and says which key or option was meant."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,21 @@ SEVERAL = ("logger", "experiment")  # groups of which a run can have several opt
 def quoted(text: str) -> str:
     """An override that hydra's grammar can't read, with its value in quotes where that helps: name=ü, name=a=b."""
     key, equals, value = text.partition("=")
-    if equals and not key.startswith("-") and not _readable(text):
+    if equals and not _readable(text):
         inner = re.sub(r"(\\*)'", r"\1\1\'", value)  # in quotes hydra halves the backslashes before a quote
         inner += (len(inner) - len(inner.rstrip("\\"))) * "\\"
         if _readable(f"{key}='{inner}'"):
             return f"{key}='{inner}'"
     return text
+
+
+def _how_to_write(text: str) -> str | None:
+    """For a shell; None where quotes do not help."""
+    if (inside := quoted(text)) == text:
+        return None
+    plain_enough = not re.search(r'["$`\\!]', inside)
+    shown_inside = f'"{inside}"' if plain_enough else shlex.quote(inside)
+    return f"hydra reads this value in quotes alone; write {shown_inside}"
 
 
 def _readable(text: str) -> bool:
@@ -63,7 +73,6 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def composed(overrides: list[str], config_name: str, directory: Path) -> tuple[DictConfig, list[str]]:
     """(config with hydra's settings below `hydra`, sentences about the overrides that were left out of it)."""
-    overrides = [quoted(text) for text in overrides]
     outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a run's own, where one is under way
     try:
         with hydra.initialize_config_dir(str(directory.resolve()), version_base="1.3"):
@@ -89,17 +98,17 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
 
 def _one_by_one(overrides: list[str], config_name: str) -> tuple[DictConfig, list[str]]:
     """Adds the overrides in turn, groups first, without those that fail; for a misspelt option, the nearest goes in."""
+    good = [text for text in overrides if text.startswith("hydra.searchpath=")]  # where the options of groups lie
     try:
-        config = _compose(config_name, [o for o in overrides if o.startswith("hydra.searchpath=")])
+        config = _compose(config_name, good)
     except FAILURES as error:
         raise Refused(f"{config_name}.yaml can't be composed: {_first_line(error)}") from error
     problems, parsed = [], []
     for text in overrides:
         try:
-            parsed.append(OverridesParser.create().parse_override(text))
+            parsed += [] if text in good else [OverridesParser.create().parse_override(text)]
         except FAILURES as error:
-            problems.append(ended(f"{text}: expected key=value; {_first_line(error)}"))
-    good: list[str] = []
+            problems.append(ended(f"{text}: {_how_to_write(text) or f'expected key=value; {_first_line(error)}'}"))
     for override in sorted(parsed, key=lambda o: not _options(o.key_or_group)):
         text = str(override.input_line)
         try:

@@ -25,7 +25,7 @@ from dino.runtime.refused import Refused
 DIED = ".died"  # a line for each run that died
 STOPPED = ".stopped"  # the exit status that a signal asks for; no further run starts
 
-TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # as the user set it; `command` sets it for hydra
+TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # hydra's switch
 
 
 class NoResult(Exception):
@@ -95,12 +95,16 @@ def of_a_sweep(sweep: Sweep) -> Iterator[None]:
         sweep.record()
         for left in (stopped, died):
             left.unlink(missing_ok=True)
+    status = 0
     with _signals_passed_on(sweep, stopped):
         try:
             yield
-        except ValueError as error:
-            if "No trials are completed" not in str(error):  # Optuna's, asked for the best of none
+        except SystemExit as ended:
+            if ended.code != 1:
                 raise
+            status = (
+                1  # hydra has reported an error: the sweeper's, say, where Optuna is asked for the best of no trials
+            )
     if stopped.exists():
         sys.exit(int(stopped.read_text()))
     if not _is_first():
@@ -110,6 +114,7 @@ def of_a_sweep(sweep: Sweep) -> Iterator[None]:
     _show_table(sweep)
     if lines:
         say([*lines, f"{len(lines)} died; the same command tries again, and passes over what is finished."])
+    if lines or status:
         sys.exit(1)
 
 

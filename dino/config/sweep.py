@@ -1,18 +1,20 @@
 """The runs of a sweep and their directories, known before the first one starts.
 
 What hydra's basic sweeper makes of a list of overrides, so that the check at the door, a launcher and hydra itself mean
-the same runs: `outputs/<sweep>/<what differs>`. The same command finds its sweep again.
+the same runs: `outputs/<sweep>/<what differs>`, by the resolvers below, which conf/train.yaml uses. The same command
+finds its sweep again.
 """
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,9 +24,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from dino.config.check import check
-from dino.config.composition import CONF, composed, plain, quoted
+from dino.config.composition import CONF, composed, plain
 from dino.config.node import locate
-from dino.run.directory import CONFIG, SWEEP, changes_no_result
+from dino.run.directory import CONFIG, SWEEP, changes_no_result, check_claim, check_writable
 from dino.runtime.files import atomic_write
 from dino.runtime.refused import Refused
 
@@ -45,7 +47,7 @@ class Sweep:
     runs: list[tuple[list[str], Path]]
     fixed: list[str] = field(default_factory=list)
     swept: list[str] = field(default_factory=list)
-    launcher: str = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+    launcher: str = "BasicLauncher"
 
     @property
     def in_workers(self) -> bool:
@@ -56,23 +58,12 @@ class Sweep:
         """Whether the runs are on this machine."""
         return self.in_workers or self.launcher.endswith("BasicLauncher")
 
-    def placed(self) -> list[str]:
-        """Overrides that make hydra's --multirun use these very directories.
-
-        Given fixed, for hydra would make the sweep's directory anew from the overrides of each run.
-        """
-        keys = ",".join(f'"{key}"' for key in self.swept)
-        subdir = f"${{run_name:${{hydra:overrides.task}},null,[{keys}]}}" if self.swept else "."
-        return [f"hydra.sweep.dir='{self.directory}'", f"hydra.sweep.subdir='{subdir}'"]
-
     def record(self) -> None:
         """Writes the runs into the sweep's directory, beside those of earlier commands; so `dino.compare` knows of
-        those that have not started. Nothing for a single run. Raises Refused where a run has that directory.
+        those that have not started. Nothing for a single run.
         """
         if not self.swept:
             return
-        if (self.directory / CONFIG).exists():
-            raise Refused(f"{self.directory} holds a single run; give the sweep another name=.")
         path = self.directory / SWEEP
         try:
             runs = dict(json.loads(path.read_text())["runs"])
@@ -87,10 +78,9 @@ class Sweep:
 def sweep_of(overrides: Sequence[str], config_name: str = "train", conf: Path = CONF) -> Sweep:
     """What `--multirun` makes of the overrides; where none is swept, a single run in its usual directory.
 
-    Raises Refused where the sweeper can't enumerate the values or two runs would share a directory. An override that
-    can't be read stays in every run: the check has words for it.
+    Raises Refused where the sweeper can't enumerate the values, two runs would share a directory, or a single run has
+    the sweep's. An override that can't be read stays in every run: the check has words for it.
     """
-    overrides = [quoted(text) for text in overrides]
     parsed, unreadable = _parsed(overrides)
     config, problems = composed([str(o.input_line) for o in parsed if not o.is_sweep_override()], config_name, conf)
     of_sweeps = tuple(str(o.input_line) for o in parsed if _is_within(o.key_or_group, OF_SWEEPS))
@@ -99,50 +89,68 @@ def sweep_of(overrides: Sequence[str], config_name: str = "train", conf: Path = 
     settings = config.hydra
     for part in ("sweeper", "launcher"):
         _check_plugin(part, str(settings[part].get("_target_")))
-    params = [f"{key}={value}" for key, value in (settings.sweeper.get("params") or {}).items()]
+    params = _of_file(settings.sweeper.get("params"))
     with hydra.initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())  # for backbone=glob(*)
         task = [*parser.parse_overrides(params), *parser.parse_overrides([str(o.input_line) for o in parsed])]
         for_hydra = [o for o in task if o.is_hydra_override()]
         # As in hydra, the last override of a key holds, in the place of the first.
         task = [*{o.get_key_element(): o for o in task if not o.is_hydra_override()}.values()]
-        swept = [o for o in task if o.is_sweep_override()]
         for_all = [str(o.input_line) for o in for_hydra if not _is_within(o.key_or_group, OF_SWEEPS)] + unreadable
         fixed = [*for_all, *(str(o.input_line) for o in task if not o.is_sweep_override())]
         basic = str(settings.sweeper.get("_target_")).endswith("BasicSweeper")
         choices = _choices(task) if basic else []
-    keys = [o.get_key_element() for o in swept]
-    directory = _directory(task, for_hydra)
-    runs = [
-        ([*for_all, *choice], directory / run_name(choice, only=keys) if swept else directory) for choice in choices
-    ]
+    keys = [o.get_key_element() for o in task if o.is_sweep_override()]
+    directory = _directory(task, keys, for_hydra)
+    runs = [([*for_all, *choice], directory / run_name(choice, None, keys)) for choice in choices]
     _check_apart(runs)
+    if keys and (directory / CONFIG).exists():
+        raise Refused(f"{directory} holds a single run; give the sweep another name=.")
     return Sweep(directory, runs, fixed, keys, str(settings.launcher.get("_target_")))
 
 
-def check_runs(sweep: Sweep, config_name: str = "train", conf: Path = CONF, here: bool | None = None) -> None:
-    """Composes and checks every run, or what stays the same in all where a sweeper chooses as it goes.
-
-    Raises Refused with all problems. `here`: as for `check`; None: as the sweep says.
-    """
+def check_runs(sweep: Sweep, config_name: str = "train", conf: Path = CONF) -> None:
+    """Checks every run, or what stays the same in all where a sweeper chooses as it goes. Raises Refused with all
+    problems."""
     problems: dict[str, None] = {}
-    for overrides in [overrides for overrides, _ in sweep.runs] or [sweep.fixed]:
+    for overrides, directory in sweep.runs or [(sweep.fixed, sweep.directory)]:
         config, found = composed(overrides, config_name, conf)
         if not sweep.runs and config.hydra.runtime.choices.get("evaluator") == "none":
             found.append(
                 "evaluator=none: the sweeper goes by the k-NN, and nothing would measure it; use evaluator=knn."
             )
-        problems |= dict.fromkeys([*found, *check(plain(config), here=sweep.here if here is None else here)])
+        problems |= dict.fromkeys([*found, *_problems_of(plain(config), directory, sweep.here)])
     if problems:
         raise Refused(*problems)
+
+
+def check_run(overrides: list[str], config_name: str, conf: Path) -> None:
+    """Checks the one run that the overrides make, and the directory that it would have. Raises Refused."""
+    config, found = composed(overrides, config_name, conf)
+    problems = [*found, *_problems_of(plain(config), Path(str(config.hydra.run.dir)), here=True)]
+    if problems:
+        raise Refused(*problems)
+
+
+def _problems_of(values: dict[str, Any], directory: Path, here: bool) -> list[str]:
+    """All that keeps a run from starting in its directory."""
+    problems = check(values, here)
+    try:
+        check_writable(directory)
+        check_claim(directory, values)
+    except Refused as refused:
+        problems += refused.problems
+    return problems
 
 
 def run_name(overrides: Sequence[str], name: str | int | None = None, only: Sequence[str] | None = None) -> str:
     """The directory below outputs/: `name`, or the overrides that change a result, sorted; "default" for none.
 
-    An override `name=x` counts as `name`. `only`: keys that alone make the name, in a sweep. What is too long ends in
-    a hash of the whole.
+    An override `name=x` counts as `name`. What is too long ends in a hash of the whole.
+    only: the swept keys, which alone name a run within its sweep's directory; that itself (".") where none is swept.
     """
+    if only is not None and not only:
+        return "."
     kept = {}
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
@@ -161,7 +169,29 @@ def run_name(overrides: Sequence[str], name: str | int | None = None, only: Sequ
     return safe
 
 
+def sweep_name(overrides: Sequence[str], swept: Sequence[str]) -> str:
+    """The directory of a sweep below outputs/: of its overrides as they are written. `swept`: the keys of several."""
+    task, _ = _parsed(overrides)
+    named = any(o.key_or_group == "name" and o.get_key_element() not in swept for o in task)
+    keys = [o.get_key_element() for o in task]
+    kept = [key for key, o in zip(keys, task, strict=True) if key in swept or not changes_no_result(o.key_or_group)]
+    return run_name(overrides, only=None if named or not kept else kept)
+
+
+def swept_keys(overrides: Sequence[str], params: Mapping[str, Any] | None) -> list[str]:
+    """The keys of several values: on the command line, or in `hydra.sweeper.params` of a file."""
+    last = {o.get_key_element(): o for o in _parsed([*_of_file(params), *overrides])[0]}
+    return [key for key, o in last.items() if o.is_sweep_override()]
+
+
+def _of_file(params: Mapping[str, Any] | None) -> list[str]:
+    return [f"{key}={value}" for key, value in (params or {}).items()]
+
+
+# The cache carries the values of the whole command over to its runs, whose overrides are no sweep any more.
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True, use_cache=True)
+OmegaConf.register_new_resolver("swept_keys", swept_keys, replace=True, use_cache=True)
 
 Plugins.instance()  # finds the plugins, which store their options
 for group, option in (("sweeper", "optuna.yaml"), ("launcher", "joblib.yaml")):
@@ -196,18 +226,18 @@ def _choices(task: list[Override]) -> list[list[str]]:
             )
         if override.is_sweep_override() and not list(override.sweep_iterator()):
             raise Refused(f"{override.input_line}: there is no such value.")
-    return [list(choice) for choice in BasicSweeper.split_arguments(task, None)[0]]
+    values = [o.sweep_string_iterator() if o.is_sweep_override() else [o.get_value_element_as_str()] for o in task]
+    keyed = [[f"{o.get_key_element()}={value}" for value in of] for o, of in zip(task, values, strict=True)]
+    return [list(choice) for choice in itertools.product(*keyed)]
 
 
-def _directory(task: list[Override], for_hydra: list[Override]) -> Path:
+def _directory(task: list[Override], swept: list[str], for_hydra: list[Override]) -> Path:
     """The sweep's: of its overrides as they are written, or where hydra.sweep.dir says."""
     given = {o.key_or_group: o for o in for_hydra if o.key_or_group in ("hydra.sweep.dir", "hydra.sweep.subdir")}
     if subdir := given.get("hydra.sweep.subdir"):
         raise Refused(f"{subdir.input_line}: the runs of a sweep are named by what differs; leave it out.")
     if (place := given.get("hydra.sweep.dir")) is None:
-        named = any(o.key_or_group == "name" and not o.is_sweep_override() for o in task)
-        keys = [o.get_key_element() for o in task if o.is_sweep_override() or not changes_no_result(o.key_or_group)]
-        return OUTPUTS / run_name([str(o.input_line) for o in task], only=None if named else keys)
+        return OUTPUTS / sweep_name([str(o.input_line) for o in task], swept)
     if re.search(r"[$'\"\\]", str(place.value())):
         raise Refused(f"{place.input_line}: expected the plain path of a folder, the same in every run; or use name=.")
     return Path(str(place.value()))

@@ -19,6 +19,7 @@ from dino.runtime.nested import flat
 from dino.runtime.refused import Refused
 
 CONFIG = "config.yaml"
+HYDRAS = ".hydra"  # what hydra writes of a command: its config, its overrides
 SWEEP = "sweep.json"  # which runs a sweep's directory has or will have, by dino.config.sweep
 
 # A resume may change these keys: they change no result.
@@ -73,9 +74,10 @@ def lock(directory: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if [*directory.iterdir()] == [path]:
+            if {each.name for each in directory.iterdir()} <= {path.name, HYDRAS}:
                 path.unlink()
-                directory.rmdir()
+                with contextlib.suppress(OSError):  # hydra's folder is hydra's to take away
+                    directory.rmdir()
 
 
 class DiskFull(OSError):
@@ -97,6 +99,16 @@ def full_disk_in_a_sentence(directory: Path) -> Iterator[None]:
         raise DiskFull(
             f"{directory} takes no more ({error.strerror}); {kept}. Make room, and the same command goes on."
         ) from error
+
+
+def check_writable(directory: Path) -> None:
+    """Raises Refused where `directory` could not be made or written to. Only looks."""
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        wrong = "no rights, or a read-only disk" if there.is_dir() else "it is a file"
+        raise Refused(
+            f"{directory} cannot be written to ({there}: {wrong}); make it writable, or give another hydra.run.dir="
+        )
 
 
 def check_claim(directory: Path, config: dict[str, Any]) -> None:

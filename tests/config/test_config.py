@@ -1,4 +1,7 @@
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,12 +32,14 @@ def program(tmp_path, monkeypatch):
     return call
 
 
-def refused(program, capsys, *arguments) -> list[str]:
+def refused(program, capsys, *arguments, left=()) -> list[str]:
+    """The sentences; `left`: what lies in the directory before and after."""
     with pytest.raises(SystemExit) as stopped:
         program(*arguments)
     assert stopped.value.code == 2
     said = capsys.readouterr()
     assert said.out == ""
+    assert {path.name for path in Path.cwd().iterdir()} == {*left}
     return said.err.splitlines()
 
 
@@ -101,15 +106,50 @@ def test_a_refusal_of_the_run_itself_is_a_sentence_and_its_empty_directory_goes(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mistake_in_the_program_keeps_its_traceback(tmp_path, monkeypatch):
+def test_a_mistake_in_the_program_keeps_its_traceback(tmp_path, monkeypatch, capsys):
     @command("train")
     def main(config, directory):
         raise KeyError("a bug")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train"])
-    with pytest.raises(KeyError, match="a bug"):
+    with pytest.raises(SystemExit) as stopped:
         main()
+    words = capsys.readouterr().err
+    assert stopped.value.code == 1
+    assert "Traceback" in words and 'raise KeyError("a bug")' in words
+
+
+def test_a_mistake_beside_an_experiment_of_ones_own_is_the_only_sentence(program, capsys, tmp_path):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 7\n")
+    (line,) = refused(program, capsys, "--config-dir", "conf", "experiment=mine", "optimizer.lrr=1", left=["conf"])
+    assert line.startswith("optimizer.lrr=1: optimizer=adamw has no key lrr; did you mean lr?")
+
+
+def test_hydras_own_record_of_a_command_is_beside_the_run(program):
+    ((_, directory),) = program("seed=3", "device=cpu")
+    assert {path.name for path in (directory / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+    assert (directory / ".hydra" / "overrides.yaml").read_text() == "- seed=3\n- device=cpu\n"
+
+
+def test_another_config_for_a_run_is_refused_before_hydra_writes_its_record(program, capsys, tmp_path):
+    directory = tmp_path / "outputs" / "x"
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text("seed: 1\n")
+    (line,) = refused(program, capsys, "name=x", "seed=2", left=["outputs"])
+    assert line.startswith("outputs/x holds a run of other settings (seed was 1, now 2)")
+    assert [path.name for path in directory.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(("text", "written"), [("ü", "\"name='ü'\""), ("a=b", "\"name='a=b'\""), ("it's ü", None)])
+def test_a_value_that_hydra_reads_in_quotes_alone_is_shown_in_them(program, capsys, text, written):
+    (line,) = refused(program, capsys, f"name={text}")
+    assert line.startswith(f"name={text}: hydra reads this value in quotes alone; write ")
+    shell = line.rpartition("write ")[2].removesuffix(".")
+    assert written in (None, shell)
+    ((_, directory),) = program(*shlex.split(shell))
+    assert directory.name == re.sub(r"[^\w=]", "_", text)
 
 
 def test_compose_names_every_override_that_it_cannot_use():
