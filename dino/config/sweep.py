@@ -21,7 +21,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
 
 from dino.config.check import check
 from dino.config.composition import CONF, composed, plain
@@ -94,14 +95,13 @@ def sweep_of(overrides: Sequence[str], config_name: str = "train", conf: Path = 
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())  # for backbone=glob(*)
         task = [*parser.parse_overrides(params), *parser.parse_overrides([str(o.input_line) for o in parsed])]
         for_hydra = [o for o in task if o.is_hydra_override()]
-        # As in hydra, the last override of a key holds, in the place of the first.
         task = [*{o.get_key_element(): o for o in task if not o.is_hydra_override()}.values()]
         for_all = [str(o.input_line) for o in for_hydra if not _is_within(o.key_or_group, OF_SWEEPS)] + unreadable
         fixed = [*for_all, *(str(o.input_line) for o in task if not o.is_sweep_override())]
         basic = str(settings.sweeper.get("_target_")).endswith("BasicSweeper")
         choices = _choices(task) if basic else []
     keys = [o.get_key_element() for o in task if o.is_sweep_override()]
-    directory = _directory(task, keys, for_hydra)
+    directory = _directory(task, for_hydra)
     runs = [([*for_all, *choice], directory / run_name(choice, None, keys)) for choice in choices]
     _check_apart(runs)
     if keys and (directory / CONFIG).exists():
@@ -169,29 +169,41 @@ def run_name(overrides: Sequence[str], name: str | int | None = None, only: Sequ
     return safe
 
 
-def sweep_name(overrides: Sequence[str], swept: Sequence[str]) -> str:
-    """The directory of a sweep below outputs/: of its overrides as they are written. `swept`: the keys of several."""
-    task, _ = _parsed(overrides)
-    named = any(o.key_or_group == "name" and o.get_key_element() not in swept for o in task)
-    keys = [o.get_key_element() for o in task]
-    kept = [key for key, o in zip(keys, task, strict=True) if key in swept or not changes_no_result(o.key_or_group)]
-    return run_name(overrides, only=None if named or not kept else kept)
+def sweep_name(overrides: Sequence[str], params: Mapping[str, Any] | None = None) -> str:
+    """The directory of a sweep below outputs/: of its overrides as they are written, those of a file included."""
+    task = _last_of_each(overrides, params)
+    named = any(o.key_or_group == "name" and not o.is_sweep_override() for o in task)
+    keys = [o.get_key_element() for o in task if o.is_sweep_override() or not changes_no_result(o.key_or_group)]
+    return run_name([str(o.input_line) for o in task], only=None if named or not keys else keys)
 
 
-def swept_keys(overrides: Sequence[str], params: Mapping[str, Any] | None) -> list[str]:
-    """The keys of several values: on the command line, or in `hydra.sweeper.params` of a file."""
-    last = {o.get_key_element(): o for o in _parsed([*_of_file(params), *overrides])[0]}
-    return [key for key, o in last.items() if o.is_sweep_override()]
+def swept_keys(overrides: Sequence[str], params: Mapping[str, Any] | None = None) -> list[str]:
+    """The keys that have several values."""
+    return [o.get_key_element() for o in _last_of_each(overrides, params) if o.is_sweep_override()]
+
+
+def _last_of_each(overrides: Sequence[str], params: Mapping[str, Any] | None) -> list[Override]:
+    """The overrides and those in a file (`hydra.sweeper.params`). As in hydra, the last of a key holds, in the place of
+    the first."""
+    return [*{o.get_key_element(): o for o in _parsed([*_of_file(params), *overrides])[0]}.values()]
 
 
 def _of_file(params: Mapping[str, Any] | None) -> list[str]:
     return [f"{key}={value}" for key, value in (params or {}).items()]
 
 
-# The cache carries the values of the whole command over to its runs, whose overrides are no sweep any more.
+# A cached resolver has in a run the value that it had for the whole command: a run's own overrides are no sweep.
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("swept_keys", swept_keys, replace=True, use_cache=True)
+
+
+class NameRuns(Callback):  # type: ignore[misc]
+    """Resolves the name of a run once before there is one, so that the cache holds the swept keys."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        OmegaConf.select(config, "hydra.sweep.subdir")
+
 
 Plugins.instance()  # finds the plugins, which store their options
 for group, option in (("sweeper", "optuna.yaml"), ("launcher", "joblib.yaml")):
@@ -231,13 +243,13 @@ def _choices(task: list[Override]) -> list[list[str]]:
     return [list(choice) for choice in itertools.product(*keyed)]
 
 
-def _directory(task: list[Override], swept: list[str], for_hydra: list[Override]) -> Path:
+def _directory(task: list[Override], for_hydra: list[Override]) -> Path:
     """The sweep's: of its overrides as they are written, or where hydra.sweep.dir says."""
     given = {o.key_or_group: o for o in for_hydra if o.key_or_group in ("hydra.sweep.dir", "hydra.sweep.subdir")}
     if subdir := given.get("hydra.sweep.subdir"):
         raise Refused(f"{subdir.input_line}: the runs of a sweep are named by what differs; leave it out.")
     if (place := given.get("hydra.sweep.dir")) is None:
-        return OUTPUTS / sweep_name([str(o.input_line) for o in task], swept)
+        return OUTPUTS / sweep_name([str(o.input_line) for o in task])
     if re.search(r"[$'\"\\]", str(place.value())):
         raise Refused(f"{place.input_line}: expected the plain path of a folder, the same in every run; or use name=.")
     return Path(str(place.value()))
