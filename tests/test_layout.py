@@ -98,8 +98,65 @@ def test_a_program_does_not_load_the_heavy_packages_that_it_does_not_use(line):
     assert shown.splitlines()[-1] == "loaded:"
 
 
-def test_files_and_functions_are_of_a_size_to_be_read():
+def test_files_are_of_a_size_to_be_read():
     for path in MODULES:
         assert len((ROOT / path).read_text().splitlines()) <= 300, path
     loop = next(n for n in ast.parse((ROOT / "dino/train.py").read_text()).body if getattr(n, "name", "") == "train")
     assert loop.end_lineno - loop.body[1].lineno + 1 <= 40  # its body, without signature and docstring
+
+
+MOST_LINES, MOST_PARAMETERS = 60, 10
+# Public classes whose parameters are the paper's hyperparameters, each with a name and a default of its own.
+OF_THE_PAPER = {"DINOTransform", "Schedule"}
+
+
+def definitions(tree, owner=""):
+    """(owner, node) of every class and function, however deep; the owner is the class that a method stands in."""
+    for node in ast.iter_child_nodes(tree):
+        function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if function or isinstance(node, ast.ClassDef):
+            yield owner, node
+        yield from definitions(node, node.name if isinstance(node, ast.ClassDef) else "" if function else owner)
+
+
+def named_parameters(function, is_method):
+    """What a call can name; `*rest` and `**more` take any number and are not counted."""
+    given = function.args
+    names = [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return names[1:] if is_method and names[:1] in (["self"], ["cls"]) else names
+
+
+def fields_to_be_given(dataclass):
+    """The fields that its constructor takes."""
+    for line in dataclass.body:
+        constant = isinstance(line, ast.AnnAssign) and "ClassVar" in ast.unparse(line.annotation)
+        if isinstance(line, ast.AnnAssign) and not constant and "init=False" not in ast.unparse(line):
+            yield line.target.id
+
+
+def every_definition():
+    for folder in ("dino", "launch"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for owner, node in definitions(ast.parse(path.read_text())):
+                yield f"{path.relative_to(ROOT)}: {f'{owner}.' * bool(owner)}{node.name}", owner, node
+
+
+def test_functions_are_short():
+    sizes = {
+        name: node.end_lineno - node.lineno + 1
+        for name, _, node in every_definition()
+        if not isinstance(node, ast.ClassDef)
+    }
+    assert len(sizes) > 500
+    assert {name: size for name, size in sizes.items() if size > MOST_LINES} == {}
+
+
+def test_functions_and_dataclasses_take_few_parameters():
+    counts = {}
+    for name, owner, node in every_definition():
+        if not isinstance(node, ast.ClassDef):
+            if (owner, node.name) not in [(exempt, "__init__") for exempt in OF_THE_PAPER]:
+                counts[name] = len(named_parameters(node, bool(owner)))
+        elif any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+            counts[name] = len([*fields_to_be_given(node)])
+    assert {name: count for name, count in counts.items() if count > MOST_PARAMETERS} == {}

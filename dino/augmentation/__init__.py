@@ -6,7 +6,7 @@ one applied to the other.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -30,9 +30,9 @@ class DINOTransform:
     """Two global views, then `num_local_views` local ones.
 
     Sizes are sides in pixels, scales are fractions of the image's area. `blur_probability` is that of the first global,
-    the second global and the local views; solarization is the second global view's alone. `blur_sigma` is in pixels for
-    views of `blur_full_size` pixels and above (the paper's are 224 and 96); smaller views get proportionally less, as
-    two pixels of blur leave nothing of a 32 px view. `blur_full_size=1` blurs every size alike.
+    the second global and the local views; only the second global view is solarized. `blur_sigma` is in pixels and holds
+    for views of `blur_full_size` pixels and above (the paper's views have 224 and 96). Smaller views get proportionally
+    less, because a blur of two pixels leaves nothing of a 32 px view. `blur_full_size=1` blurs every size alike.
 
     Without a `rng` or `seed` the draws come from torch's global generator: `torch.manual_seed` repeats them.
     """
@@ -60,36 +60,16 @@ class DINOTransform:
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
-        for name, value, length in [
-            ("global_scale", global_scale, 2),
-            ("local_scale", local_scale, 2),
-            ("blur_probability", blur_probability, 3),
-            ("blur_sigma", blur_sigma, 2),
-            ("mean", mean, 3),
-            ("std", std, 3),
-        ]:
-            _require(len(value) == length, name, f"exactly {length} numbers", value)
+        _check_lengths(2, {"global_scale": global_scale, "local_scale": local_scale, "blur_sigma": blur_sigma})
+        _check_lengths(3, {"blur_probability": blur_probability, "mean": mean, "std": std})
         _require(num_local_views >= 0, "num_local_views", "0 or more", num_local_views)
-        for name, size in [
-            ("global_size", global_size),
-            ("local_size", local_size),
-            ("blur_full_size", blur_full_size),
-        ]:
-            _require(size > 0, name, "1 pixel or more", size)
-            _require(size <= MOST_PIXELS, name, f"at most {MOST_PIXELS} pixels", size)
-        for name, scale in [("global_scale", global_scale), ("local_scale", local_scale)]:
-            _require(0 < scale[0] <= scale[1] <= 1, name, "two rising fractions of the area in (0, 1]", scale)
-        for name, probability in [
-            ("horizontal_flip", horizontal_flip),
-            ("jitter_probability", jitter_probability),
-            ("gray_probability", gray_probability),
-            *(("blur_probability", p) for p in blur_probability),
-            ("solarize_probability", solarize_probability),
-        ]:
-            _require(0 <= probability <= 1, name, "a probability in [0, 1]", probability)
-        for name, strength in [("brightness", brightness), ("contrast", contrast), ("saturation", saturation)]:
-            _require(0 <= strength < math.inf, name, "0 or more", strength)
-        _require(0 <= hue <= 0.5, "hue", "a fraction of the colour circle in [0, 0.5]", hue)
+        _check_sizes({"global_size": global_size, "local_size": local_size, "blur_full_size": blur_full_size})
+        _check_scales({"global_scale": global_scale, "local_scale": local_scale})
+        _check_probabilities({"horizontal_flip": horizontal_flip, "jitter_probability": jitter_probability})
+        _check_probabilities({"gray_probability": gray_probability, "solarize_probability": solarize_probability})
+        for probability in blur_probability:
+            _check_probabilities({"blur_probability": probability})
+        _check_strengths({"brightness": brightness, "contrast": contrast, "saturation": saturation}, hue)
         _require(0 < blur_sigma[0] <= blur_sigma[1] < math.inf, "blur_sigma", "two rising numbers above 0", blur_sigma)
         _require(all(s > 0 for s in std), "std", "above 0 in every channel", std)
 
@@ -242,6 +222,34 @@ def standardise_(
 
 def _fresh_seed() -> int:
     return int(torch.randint(2**63 - 1, ()))
+
+
+def _check_lengths(length: int, given: Mapping[str, Sequence[float]]) -> None:
+    for name, values in given.items():
+        _require(len(values) == length, name, f"exactly {length} numbers", values)
+
+
+def _check_sizes(given: Mapping[str, int]) -> None:
+    for name, size in given.items():
+        _require(size > 0, name, "1 pixel or more", size)
+        _require(size <= MOST_PIXELS, name, f"at most {MOST_PIXELS} pixels", size)
+
+
+def _check_scales(given: Mapping[str, Sequence[float]]) -> None:
+    for name, (low, high) in given.items():
+        _require(0 < low <= high <= 1, name, "two rising fractions of the area in (0, 1]", given[name])
+
+
+def _check_probabilities(given: Mapping[str, float]) -> None:
+    for name, probability in given.items():
+        _require(0 <= probability <= 1, name, "a probability in [0, 1]", probability)
+
+
+def _check_strengths(given: Mapping[str, float], hue: float) -> None:
+    """Of the colour jitter."""
+    for name, strength in given.items():
+        _require(0 <= strength < math.inf, name, "0 or more", strength)
+    _require(0 <= hue <= 0.5, "hue", "a fraction of the colour circle in [0, 0.5]", hue)
 
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
