@@ -27,8 +27,10 @@ from dino.config.machine import check_machine
 from dino.config.node import Problems, misfits, with_random_weights
 from dino.config.settings import Evaluate, errors_in
 from dino.dataset.cache import cached
+from dino.evaluator.bench import Bench
 from dino.evaluator.features import RawPixels
-from dino.evaluator.measures import Measures
+from dino.evaluator.finetune import Recipe
+from dino.evaluator.measures import Measures, MeasureSettings
 from dino.evaluator.unsupervised import preferred
 from dino.run.checkpoint import FOLDER
 from dino.run.results import record, table
@@ -118,24 +120,26 @@ def measures_of(config: dict[str, Any], subject: Subject) -> Measures:
     if cache == "device":
         workers = 0  # which have no way to what the GPU holds
     sizes = {"global_size": subject.preprocessing["size"], "num_local_views": 0}
-    return Measures(
-        data=data,
+    bench = Bench(
+        train=data["train"],
+        val=data["val"],
         transform=build_node(subject.preprocessing | {"_target_": "dino.augmentation.EvalTransform"}),
-        augmentation=build_node(subject.augmentation | sizes),
-        kept_in=subject.output / "features",
         device=device,
         precision=choose_precision(config["precision"], device),
-        num_workers=default_workers(device) if workers == "auto" else workers,
         batch_size=config["batch_size"],
-        seed=config["seed"],
+        num_workers=default_workers(device) if workers == "auto" else workers,
+    )
+    settings = MeasureSettings(
         ks=config["ks"],
         temperature=config["temperature"],
         layers=config["layers"],
         patch_mean=config["patch_mean"],
         few_shot=config["few_shot"],
         probe_epochs=config["probe_epochs"],
-        finetune_epochs=config["finetune_epochs"],
+        finetuning=Recipe(epochs=config["finetune_epochs"]),
+        seed=config["seed"],
     )
+    return Measures(bench, build_node(subject.augmentation | sizes), subject.output / "features", settings)
 
 
 def of_checkpoints(measures: Measures, subject: Subject, trust: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -1,8 +1,8 @@
 """Fine-tuning: the whole backbone and a linear classifier, trained with labels (DINO, Sec. 3.2 and Table 6)."""
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dino.augmentation import EvalTransform, image_tensor
+from dino.augmentation import image_tensor
 from dino.augmentation.crops import crop_box, cut
+from dino.dataset.cache import Images
+from dino.evaluator.bench import Bench
 from dino.evaluator.features import collate, features_of
 from dino.loading.broken import first_readable, note
 from dino.loading.sampler import Batching, StepSampler
@@ -22,80 +24,113 @@ from dino.loading.workers import Loader
 from dino.scheduler import cosine_warmup
 
 
-def finetune(
-    backbone: Any,
-    train: Any,
-    val: Any,
-    transform: EvalTransform,
-    epochs: int = 100,
-    lr: float | int = 5e-4,
-    batch_size: int = 256,
-    weight_decay: float | int = 0.05,
-    warmup_epochs: float | int = 5,
-    label_smoothing: float | int = 0.1,
-    scale: tuple[float, float] = (0.08, 1.0),
-    device: torch.device | str = "cpu",
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    num_workers: int = 0,
-    seed: int = 0,
-    broken: set[str] | None = None,
-    bar: str | None = None,
-) -> dict[str, float]:
-    """{"finetune": accuracy in [0, 1] of `val` after the last epoch}; {} where one of the two has no labels.
+@dataclass(frozen=True)
+class Recipe:
+    """DeiT's recipe (Touvron et al. 2021), which DINO follows, but without its mixing of images and RandAugment."""
 
-    A copy of `backbone` is trained: it stays as it is, and so do torch's random numbers. AdamW at `lr`, whatever the
-    batch; linear warm-up (of at most a fifth of the run), then half a cosine to 0. After DeiT's recipe (Touvron et al.
-    2021), which DINO follows, but without its mixing of images and RandAugment. `scale`: of the crops, fractions of the
-    image's area. `autocast` in bf16 or fp32: gradients are not scaled, as fp16 would need.
+    epochs: int = 100  # DeiT's 300 are for random weights
+    lr: float | int = 5e-4  # DeiT's for a batch of 512; here it is the same for any batch
+    batch_size: int = 256  # of one GPU; DeiT's 1,024 are of several
+    weight_decay: float | int = 0.05  # DeiT's; biases and the gains of norms get none
+    warmup_epochs: float | int = 5  # DeiT's; of a short run at most a fifth
+    label_smoothing: float | int = 0.1  # DeiT's
+    scale: tuple[float, float] = (0.08, 1.0)  # DeiT's: the crops, as fractions of the image's area
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0:
+            raise ValueError(
+                "finetune: epochs and batch_size must be 1 or more and lr above 0, "
+                f"got {self.epochs}, {self.batch_size} and {self.lr}."
+            )
+
+
+DEIT = Recipe()
+
+
+def finetune(
+    backbone: nn.Module, bench: Bench, recipe: Recipe = DEIT, seed: int = 0, bar: str | None = None
+) -> dict[str, float]:
+    """{"finetune": accuracy in [0, 1] of the val images after the last epoch}; {} where a split has no labels.
+
+    A copy of `backbone` is trained: the backbone itself and torch's random numbers stay as they are. The precision is
+    fp32 or bf16: gradients are not scaled, as fp16 would need. `bar`: words beside a progress bar; None: no bar.
     """
-    if train.classes is None or val.classes is None:
+    if not bench.labelled:
         return {}
-    if epochs < 1 or batch_size < 1 or not lr > 0:
-        raise ValueError(
-            f"finetune: epochs and batch_size must be 1 or more and lr above 0, got {epochs}, {batch_size} and {lr}."
-        )
-    device, broken = torch.device(device), set() if broken is None else broken
-    batch_size = min(batch_size, len(train))
-    steps_per_epoch = len(train) // batch_size
-    steps, warmup = epochs * steps_per_epoch, round(min(warmup_epochs, epochs / 5) * steps_per_epoch)
-    loader = Loader(
-        LabelledCrops(train, transform.size, scale, seed),
-        batch_sampler=StepSampler(len(train), Batching(batch_size, seed=seed), 0, steps),
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # else starting the loader would draw from the caller's
-    )
+    recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, len(bench.train)))
+    model = trained(backbone, bench, recipe, seed, bar)
+    predictions, truth = features_of(
+        model,
+        bench.val,
+        bench.transform,
+        bench.device,
+        bench.autocast,
+        recipe.batch_size,
+        bench.num_workers,
+        bench.broken,
+    ).read()
+    return {"finetune": (predictions.argmax(dim=1) == truth).double().mean().item()}
+
+
+def trained(backbone: nn.Module, bench: Bench, recipe: Recipe, seed: int, bar: str | None) -> nn.Module:
+    """A copy of `backbone` with a linear classifier, after all epochs of `recipe`.
+
+    The rate rises linearly during the warm-up, then falls along half a cosine to 0.
+    """
+    device = bench.device
+    steps_per_epoch = len(bench.train) // recipe.batch_size
+    steps = recipe.epochs * steps_per_epoch
+    warmup = round(min(recipe.warmup_epochs, recipe.epochs / 5) * steps_per_epoch)
+    loader = training_batches(bench, recipe, seed, steps)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # for the classifier, and for drop path
-        model = nn.Sequential(copy.deepcopy(backbone), nn.Linear(backbone.output_dim, len(train.classes)))
-        model.to(device).requires_grad_().train()
-        groups: list[dict[str, Any]] = [  # biases and the gains of norms get no decay
-            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups)
+        model = with_classifier(backbone, len(bench.train.classes or ())).to(device).requires_grad_().train()
+        optimizer = optimizer_of(model, recipe.weight_decay)
         for step, (images, labels, sentences) in enumerate(tqdm(loader, desc=bar, unit="step", disable=bar is None)):
             for group in optimizer.param_groups:
-                group["lr"] = cosine_warmup(step, lr, 0.0, steps, warmup)
-            with autocast():
-                logits = model(transform.normalise(images.to(device, non_blocking=True)))
-            loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=label_smoothing)
+                group["lr"] = cosine_warmup(step, recipe.lr, 0.0, steps, warmup)
+            with bench.autocast():
+                logits = model(bench.transform.normalise(images.to(device, non_blocking=True)))
+            loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            note(sentences, broken)
-    found, truth = features_of(model, val, transform, device, autocast, batch_size, num_workers, broken).read()
-    return {"finetune": (found.argmax(dim=1) == truth).double().mean().item()}
+            note(sentences, bench.broken)
+    return model
+
+
+def training_batches(bench: Bench, recipe: Recipe, seed: int, steps: int) -> Loader:
+    """(uint8 crops, labels, a sentence for each image that could not be read), one batch a step."""
+    images = len(bench.train)
+    return Loader(
+        LabelledCrops(bench.train, bench.transform.size, recipe.scale, seed),
+        batch_sampler=StepSampler(images, Batching(recipe.batch_size, seed=seed), 0, steps),
+        collate_fn=collate,
+        num_workers=bench.num_workers,
+        pin_memory=bench.device.type == "cuda",
+        generator=torch.Generator(),  # else starting the loader would draw from the caller's
+    )
+
+
+def with_classifier(backbone: Any, classes: int) -> nn.Module:
+    return nn.Sequential(copy.deepcopy(backbone), nn.Linear(backbone.output_dim, classes))
+
+
+def optimizer_of(model: nn.Module, weight_decay: float | int) -> torch.optim.AdamW:
+    groups: list[dict[str, Any]] = [  # biases and the gains of norms get no decay
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups)
 
 
 class LabelledCrops(Dataset[tuple[Tensor, int, list[str]]]):
-    """`crops[(epoch, index)] -> (random resized crop, mirrored half of the times; label; what could not be read)`.
+    """`crops[(epoch, index)] -> (random resized crop, mirrored half of the time; label; what could not be read)`.
 
-    What is drawn depends on (seed, epoch, index) alone. In place of a broken image stands the next, with its label.
+    The draws depend on (seed, epoch, index) alone. The next image, with its label, takes the place of a broken one.
     """
 
-    def __init__(self, data: Any, size: int, scale: tuple[float, float], seed: int) -> None:
+    def __init__(self, data: Images, size: int, scale: tuple[float, float], seed: int) -> None:
         self.data, self.size, self.scale, self.seed = data, size, scale, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[str]]:

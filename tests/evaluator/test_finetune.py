@@ -8,8 +8,9 @@ from torch import nn
 
 from dino.augmentation import EvalTransform
 from dino.dataset.encoded import BrokenImage
+from dino.evaluator.bench import Bench
 from dino.evaluator.features import features_of
-from dino.evaluator.finetune import LabelledCrops, finetune
+from dino.evaluator.finetune import LabelledCrops, Recipe, finetune
 from dino.evaluator.probe import linear_probe
 
 
@@ -31,6 +32,15 @@ class Slopes:
         line = np.random.default_rng([self.seed, index]).integers(0, 256, self.size, dtype=np.uint8)
         image = torch.from_numpy(line)[None, :].expand(self.size, self.size)
         return (image.T if index % 2 == 0 else image).expand(3, -1, -1).contiguous(), index % 2
+
+
+class One(list):
+    """A data set of a single image."""
+
+    classes = ["one"]  # noqa: RUF012
+
+    def __init__(self, image):
+        super().__init__([(image, 0)])
 
 
 class Backbone(nn.Sequential):
@@ -59,13 +69,13 @@ def test_it_learns_what_a_linear_classifier_on_frozen_features_cannot(backbone):
     train, val = Slopes(160, 0), Slopes(80, 1)
     frozen = [features_of(backbone, data, SIZE) for data in (train, val)]
     linear = linear_probe(*frozen, classes=2, epochs=20, batch_size=32)["linear_best"]
-    tuned = finetune(backbone, train, val, SIZE, **SHORT)["finetune"]
+    tuned = finetune(backbone, Bench(train, val, SIZE), Recipe(**SHORT))["finetune"]
     assert tuned > 0.9 > linear + 0.1
 
 
 def test_the_backbone_and_torchs_random_numbers_stay_as_they_were(backbone):
     before, state = copy.deepcopy(backbone.state_dict()), torch.get_rng_state()
-    finetune(backbone, Slopes(40, 0), Slopes(20, 1), SIZE, epochs=2)
+    finetune(backbone, Bench(Slopes(40, 0), Slopes(20, 1), SIZE), Recipe(epochs=2))
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert backbone.training and not any(p.requires_grad or p.grad is not None for p in backbone.parameters())
@@ -79,9 +89,10 @@ def test_it_is_a_function_of_its_seed_for_any_number_of_workers(backbone):
         def __getitem__(self, index):
             return super().__getitem__(index)[0], index  # hard: so that the accuracy depends on all that is drawn
 
-    def accuracy(**options):
+    def accuracy(seed, num_workers=0):
         data = Confidence(50, 0)
-        return finetune(backbone, data, data, SIZE, **(SHORT | {"epochs": 10, "batch_size": 10} | options))["finetune"]
+        recipe = Recipe(**(SHORT | {"epochs": 10, "batch_size": 10}))
+        return finetune(backbone, Bench(data, data, SIZE, num_workers=num_workers), recipe, seed)["finetune"]
 
     one = accuracy(seed=3)
     assert 0.05 < one < 0.95
@@ -97,7 +108,7 @@ def test_crops_are_the_images_own_and_change_with_the_epoch():
     assert (first.float().std(1) < 1).all()  # columns, still: image 3 is of class 1
     left_lit = torch.zeros(3, 16, 16, dtype=torch.uint8)
     left_lit[..., :8] = 200
-    whole = LabelledCrops([(left_lit, 0)], 16, (0.999, 1.0), seed=0)
+    whole = LabelledCrops(One(left_lit), 16, (0.999, 1.0), seed=0)
     mirrored = sum(bool(whole[epoch, 0][0][0, 8, 0] < 100) for epoch in range(200))
     assert abs(mirrored - 100) < 4 * math.sqrt(50)
 
@@ -112,7 +123,7 @@ def test_the_rate_warms_up_and_ends_near_zero_and_gains_do_not_decay(backbone, m
 
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
     options = {"epochs": 10, "lr": 0.1, "batch_size": 10, "weight_decay": 0.3, "warmup_epochs": 2}
-    finetune(backbone, Slopes(20, 0), Slopes(4, 1), SIZE, **options)
+    finetune(backbone, Bench(Slopes(20, 0), Slopes(4, 1), SIZE), Recipe(**options))
     assert [(decay, dims) for _, decay, dims in seen[0]] == [(0.3, {2, 4}), (0.0, {1})]
     rates = [weights[0] for weights, _ in seen]
     warm = [0.1 * step / 4 for step in range(4)]
@@ -120,18 +131,18 @@ def test_the_rate_warms_up_and_ends_near_zero_and_gains_do_not_decay(backbone, m
 
 
 def test_broken_images_are_passed_over_and_said(backbone):
-    broken = set()
-    finetune(backbone, Slopes(200, 0, broken={3}), Slopes(200, 1, broken={5}), SIZE, epochs=1, broken=broken)
-    assert broken == {"3.jpg is no image.", "5.jpg is no image."}
+    bench = Bench(Slopes(200, 0, broken={3}), Slopes(200, 1, broken={5}), SIZE)
+    finetune(backbone, bench, Recipe(epochs=1))
+    assert bench.broken == {"3.jpg is no image.", "5.jpg is no image."}
 
 
 def test_without_labels_nothing_is_measured(backbone):
     unlabelled = Slopes(20, 0)
     unlabelled.classes = None
-    assert finetune(backbone, unlabelled, Slopes(20, 1), SIZE) == {}
+    assert finetune(backbone, Bench(unlabelled, Slopes(20, 1), SIZE)) == {}
 
 
 @pytest.mark.parametrize("change", [{"epochs": 0}, {"batch_size": 0}, {"lr": 0}])
-def test_values_that_cannot_work_are_refused(backbone, change):
+def test_values_that_cannot_work_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
-        finetune(backbone, Slopes(20, 0), Slopes(20, 1), SIZE, **change)
+        Recipe(**change)
