@@ -6,17 +6,18 @@ import math
 import statistics
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 
 from dino.augmentation import DINOTransform, EvalTransform
-from dino.evaluator.features import Features
+from dino.dataset.cache import Images
+from dino.evaluator.knn import NOTHING, Measured
 from dino.history import History, Level
 from dino.report.curves import charts
 from dino.report.environment import environment
@@ -38,53 +39,68 @@ SHOWN, CROPPED = 6, 4  # val images, train images
 REFRESH = 30  # seconds
 
 
+@dataclass(frozen=True)
+class Course:
+    """How a run is set and how it has gone. `defaults` is the config of a run in which no setting is changed.
+
+    `notes` are sentences that stand above everything else.
+    """
+
+    config: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    history: History
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """The images that a report shows, and how they are prepared: `transform` for training, `eval_transform` else."""
+
+    train_set: Images
+    val_set: Images
+    transform: DINOTransform
+    eval_transform: EvalTransform
+
+
 def write_report(
     directory: Path,
-    *,
-    config: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    history: History,
+    course: Course,
+    images: Pictured,
     backbone: nn.Module,
-    train_set: Any,
-    val_set: Any,
-    transform: DINOTransform,
-    eval_transform: EvalTransform,
-    bank: Features | None = None,
-    queries: Features | None = None,
-    predicted: Int[Tensor, " images"] | None = None,
+    measured: Measured = NOTHING,
     device: torch.device | str = "cpu",
-    notes: Sequence[str] = (),
 ) -> Path:
     """Writes directory/report.html, whole or not at all, and returns its path.
 
-    bank, queries: features and labels of train_set and val_set, in their order; UNREAD where an image cannot be read.
-    predicted: the k-NN labels of val_set. notes: sentences that stand above everything else.
-    What there is nothing for (no labels, no attention) is left out or said in a sentence. Draws nothing from the global
-    random generators and leaves the backbone in the mode that it was in. A few seconds, whatever the size of the data.
+    `measured` holds the features and labels of both data sets, in their order (UNREAD where an image cannot be read),
+    and the k-NN labels of the val images. A part for which there is nothing to show (no labels, no attention) is left
+    out, or a sentence says so. Draws nothing from the global random generators and leaves the backbone in the mode that
+    it was in. Takes a few seconds, whatever the size of the data.
     """
-    classes: list[str] | None = val_set.classes
+    history, train_set, val_set = course.history, images.train_set, images.val_set
+    bank, queries, classes = measured.bank, measured.queries, val_set.classes
     step, total = progress(history)
     curves = list(charts(history))
     facts = environment(device)
     val = list(readable(val_set, one_of_each(queries, len(val_set)), SHOWN))
-    seen = {index: eval_transform(image) for index, image, _ in val}
-    batch = eval_transform.normalise(torch.stack([*seen.values()])).to(device) if seen else None
+    seen = {index: images.eval_transform(image) for index, image, _ in val}
+    batch = images.eval_transform.normalise(torch.stack([*seen.values()])).to(device) if seen else None
     sections = {
         "Curves": curve_section(curves),
         "Neighbours": neighbour_section(val, train_set, bank, queries, classes),
         "Attention": attention_section(backbone, batch, [*seen.values()]),
         "Patches": patch_section(backbone, batch, [*seen.values()]),
-        "Classes": class_section(queries, predicted, classes),
+        "Classes": class_section(queries, measured.predicted, classes),
         "Map": map_section(queries, classes),
-        "Crops": crop_section(train_set, transform, len(train_set)),
-        "Settings": settings_section(config, defaults),
+        "Crops": crop_section(train_set, images.transform, len(train_set)),
+        "Settings": settings_section(course.config, course.defaults),
         "Environment": environment_section(facts),
     }
     sections = {name: content for name, content in sections.items() if content}
     template = string.Template((Path(__file__).with_name(NAME)).read_text())
     page = template.substitute(
         title=text(f"{Path(directory).name}: DINO run"),
-        header=header(Path(directory).name, history, step, total, facts["peak memory"], notes),
+        header=header(Path(directory).name, history, step, total, facts["peak memory"], course.notes),
         links="".join(f'<a href="#{name}">{name}</a>' for name in sections),
         sections="".join(
             f'<section id="{name}"><h2>{name}</h2>{content}</section>' for name, content in sections.items()
@@ -172,8 +188,8 @@ def curve_section(curves: Sequence[Mapping[str, Any]]) -> str:
 # ---- what it is -----------------------------------------------------------------------------------------------------
 
 
-def crop_section(train_set: Any, transform: DINOTransform, images: int, seed: int = 0) -> str:
-    """Views as the student and the teacher get them, but for the seed; at one scale."""
+def crop_section(train_set: Images, transform: DINOTransform, images: int, seed: int = 0) -> str:
+    """Views as the student and the teacher get them, but drawn with another seed; all are shown at one scale."""
     plain = copy.copy(transform)
     plain.compiled = False  # a graph compiled for a batch of this size would take a minute
     order = np.random.default_rng(seed).permutation(images)[: 4 * CROPPED].tolist()
@@ -192,11 +208,11 @@ def crop_section(train_set: Any, transform: DINOTransform, images: int, seed: in
             wide = max(24, round(WIDE * size / max(plain.sizes)))
             cells.append(figure(picture(pixels, wide), kind if wide < 100 else f"{kind}, {size} px", wide=wide))
         lines.append(f'<div class="row">{"".join(cells)}</div>')
-    said = (
+    intro = (
         f"Train images and the views of them that the networks get: {plain.n_global_crops} global of "
         f"{plain.global_size} pixels and {plain.num_local_views} local of {plain.local_size}, after augmentation."
     )
-    return note(said) + scroll(f'<div class="rows">{"".join(lines)}</div>')
+    return note(intro) + scroll(f'<div class="rows">{"".join(lines)}</div>')
 
 
 def settings_section(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:

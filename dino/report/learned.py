@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from dino.augmentation import image_tensor
+from dino.dataset.cache import Images
 from dino.dataset.encoded import BrokenImage
 from dino.evaluator.features import UNREAD, Features
 from dino.evaluator.neighbours import nearest
@@ -36,7 +36,7 @@ def one_of_each(queries: Features | None, images: int, seed: int = 0) -> list[in
     return [*map(int, order[np.lexsort((np.array(turn), labels == UNREAD))])]  # stable: else in the random order
 
 
-def readable(data: Any, rows: Sequence[int], most: int) -> Iterator[tuple[int, UInt8[Tensor, "3 _ _"], int]]:
+def readable(data: Images, rows: Sequence[int], most: int) -> Iterator[tuple[int, UInt8[Tensor, "3 _ _"], int]]:
     """(row, image, label) of the first `most` of `rows` that can be read; looks at twice as many at most."""
     found = 0
     for row in rows[: 2 * most]:
@@ -52,7 +52,7 @@ def readable(data: Any, rows: Sequence[int], most: int) -> Iterator[tuple[int, U
 
 def neighbour_section(
     val: Sequence[tuple[int, Tensor, int]],
-    train_set: Any,
+    train_set: Images,
     bank: Features | None,
     queries: Features | None,
     classes: Sequence[str] | None,
@@ -74,8 +74,8 @@ def neighbour_section(
                 cells.append(figure(picture(other), words, kind, hover=f"{words}, cosine {alike:.3f}"))
         lines.append(f'<div class="row">{"".join(cells)}</div>')
     marks = " ✓ green: of the same class, ✗ red: of another." if classes else ""
-    said = f"Held-out images at the left, and the most alike of the {len(train_set):,} train images, by cosine.{marks}"
-    return note(said) + scroll(f'<div class="rows">{"".join(lines)}</div>')
+    intro = f"Held-out images at the left, and the most alike of the {len(train_set):,} train images, by cosine.{marks}"
+    return note(intro) + scroll(f'<div class="rows">{"".join(lines)}</div>')
 
 
 def attention_section(backbone: nn.Module, batch: Tensor | None, images: Sequence[Tensor]) -> str:
@@ -89,8 +89,8 @@ def attention_section(backbone: nn.Module, batch: Tensor | None, images: Sequenc
         cells = [figure(shown, "image"), figure(overlay(shown, maps.mean(0)), "mean of heads")]
         cells += [figure(overlay(shown, heat), f"head {head}") for head, heat in enumerate(maps[:16], start=1)]
         lines.append(f'<div class="row">{"".join(cells)}</div>')
-    said = "How the teacher's CLS token attends to the patches in the last layer; each map from its least to its most."
-    return note(said) + scroll(f'<div class="rows">{"".join(lines)}</div>')
+    intro = "How the teacher's CLS token attends to the patches in the last layer; each map from its least to its most."
+    return note(intro) + scroll(f'<div class="rows">{"".join(lines)}</div>')
 
 
 def patch_section(backbone: nn.Module, batch: Tensor | None, images: Sequence[Tensor]) -> str:
@@ -100,10 +100,10 @@ def patch_section(backbone: nn.Module, batch: Tensor | None, images: Sequence[Te
     for image, colours in zip(images, pca_rgb(patch_tokens(backbone, batch)), strict=True):
         shown = picture(image)
         pairs.append(f'<div class="pair">{figure(shown)}{figure(painted(colours, shown.size))}</div>')
-    said = (
+    intro = (
         "Features of the patches: their first three principal components, over all these images, as red, green, blue."
     )
-    return note(said) + f'<div class="pairs">{"".join(pairs)}</div>'
+    return note(intro) + f'<div class="pairs">{"".join(pairs)}</div>'
 
 
 def class_section(queries: Features | None, predicted: Tensor | None, classes: Sequence[str] | None) -> str:
@@ -147,8 +147,8 @@ def matrix(counts: Int[ndarray, "classes classes"], classes: Sequence[str]) -> s
             for j, share in enumerate(shares[i])
         )
         lines.append(f"<tr><th>{text(cut(name))}</th>{cells}</tr>")
-    said = note("Rows: the class; columns: what its nearest neighbours say; percent of the row.")
-    return said + scroll(
+    intro = note("Rows: the class; columns: what its nearest neighbours say; percent of the row.")
+    return intro + scroll(
         f'<table class="confusion"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
     )
 
@@ -177,9 +177,9 @@ def map_section(queries: Features | None, classes: Sequence[str] | None, seed: i
             for c, n in zip(colours, classes, strict=True)
         )
         legend = f'<div class="legend">{"".join(marks)}</div>'
-    said = f"{method} of the features of {len(chosen)} held-out images" + (", coloured by class." if classes else ".")
+    intro = f"{method} of the features of {len(chosen)} held-out images" + (", coloured by class." if classes else ".")
     return (
-        note(said)
+        note(intro)
         + f'<svg class="map" viewBox="0 0 800 500" role="img" aria-label="{method}">{"".join(dots)}</svg>{legend}'
     )
 

@@ -9,7 +9,8 @@ log = logging.getLogger(__name__)
 
 
 class Report:
-    """Writes both with what the last evaluation saw, on rank zero. Where it cannot, it warns, and training goes on.
+    """Writes both, on rank zero, from what the last evaluation measured. Where a file cannot be written, this warns
+    and training goes on.
 
     The report shows which settings differ from those of a run without overrides.
     """
@@ -19,7 +20,7 @@ class Report:
 
     def __call__(self, measured: Measured) -> None:
         from dino.config.composition import CONF, compose
-        from dino.report import write_report
+        from dino.report import Course, Pictured, write_report
 
         run = self.run
         if run.parts.place.rank:
@@ -30,21 +31,15 @@ class Report:
         except OSError as error:
             log.warning("the plots are not written: %s", error)
         try:
-            write_report(
-                run.directory,
+            course = Course(
                 config=run.config,
                 defaults=compose([], "train", CONF),
                 history=run.history,
-                backbone=run.learner.teacher.backbone,
-                train_set=run.data.train_set,
-                val_set=run.data.val_set,
-                transform=run.data.transform,
-                eval_transform=run.data.eval_transform,
-                bank=measured.bank,
-                queries=measured.queries,
-                predicted=measured.predicted,
-                device=run.parts.device,
                 notes=run.history.metadata.get("collapse", ()),
             )
+            data = run.data
+            images = Pictured(data.train_set, data.val_set, data.transform, data.eval_transform)
+            backbone = run.learner.teacher.backbone
+            write_report(run.directory, course, images, backbone, measured, run.parts.device)
         except Exception as error:  # foreign data and foreign libraries, and nothing that training needs
             log.warning("report.html is not written: %s: %s", type(error).__name__, error)

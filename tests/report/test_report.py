@@ -20,8 +20,9 @@ from dino.backbone.resnet import SmallResNet
 from dino.backbone.vit_tiny import ViTTiny
 from dino.dataset.encoded import BrokenImage
 from dino.evaluator.features import UNREAD, Features, features_of
+from dino.evaluator.knn import Measured
 from dino.history import History
-from dino.report import write_report
+from dino.report import Course, Pictured, write_report
 from dino.report.curves import thinned
 from dino.report.environment import command_line, environment
 from dino.report.learned import class_section, map_section, neighbour_section, one_of_each
@@ -69,7 +70,8 @@ def history_of(steps=30, total=60):
     return history
 
 
-def arguments(backbone=None, classes=("cat", EVIL, "dog"), size=32, images=24, views=2, **more):
+def parts(backbone=None, classes=("cat", EVIL, "dog"), size=32, images=24, views=2, **more):
+    """What a report shows, by the names that its arguments give to it."""
     torch.manual_seed(0)
     backbone = backbone or ViTTiny(hidden_dim=32, depth=1, heads=2, image_size=32)
     train, val, transform = Noise(images, size + 8, classes), Noise(images, size + 8, classes), EvalTransform(size)
@@ -78,6 +80,7 @@ def arguments(backbone=None, classes=("cat", EVIL, "dog"), size=32, images=24, v
         "config": {**CONFIG, "backbone": {"_target_": "dino.Other", "width": [1, 2]}},
         "defaults": CONFIG,
         "history": history_of(),
+        "notes": (),
         "backbone": backbone,
         "train_set": train,
         "val_set": val,
@@ -89,9 +92,24 @@ def arguments(backbone=None, classes=("cat", EVIL, "dog"), size=32, images=24, v
     } | more
 
 
+def written(directory, **shown):
+    """The report of `shown`, which is made by `parts`."""
+
+    def chosen(*names):
+        return {name: shown[name] for name in names}
+
+    return write_report(
+        directory,
+        Course(**chosen("config", "defaults", "history", "notes")),
+        Pictured(**chosen("train_set", "val_set", "transform", "eval_transform")),
+        shown["backbone"],
+        Measured({}, **chosen("bank", "queries", "predicted")),
+    )
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return write_report(tmp_path_factory.mktemp("outputs"), **arguments(notes=["a <b>sentence</b> to read"]))
+    return written(tmp_path_factory.mktemp("outputs"), **parts(notes=["a <b>sentence</b> to read"]))
 
 
 class Page(HTMLParser):
@@ -160,7 +178,7 @@ def test_foreign_text_is_escaped_everywhere(report):
 
 def test_a_finished_run_is_not_refreshed_and_a_running_one_is(report, tmp_path):
     assert re.search(r"REFRESH = (\d+)", report.read_text())[1] == "30"
-    finished = write_report(tmp_path, **arguments(history=history_of(30, total=30))).read_text()
+    finished = written(tmp_path, **parts(history=history_of(30, total=30))).read_text()
     assert re.search(r"REFRESH = (\d+)", finished)[1] == "0"
     assert "finished step 30 of 30" in Page(finished).text and "of training, about" not in Page(finished).text
 
@@ -194,7 +212,7 @@ def test_a_noisy_curve_is_shown_with_its_running_mean(tmp_path):
     values = np.random.default_rng(0).normal(size=150)
     for i, value in enumerate(values):
         history.record_iteration(i + 1, {"loss": float(value), "learning_rate": 0.1, "momentum": 0.9})
-    charts = curves_in(write_report(tmp_path, **arguments(history=history)).read_text())
+    charts = curves_in(written(tmp_path, **parts(history=history)).read_text())
     faint, mean = next(chart for chart in charts if chart["title"] == "loss")["series"]
     assert faint["faint"] and not mean["faint"] and mean["name"] == "loss (mean of 3)"
     assert mean["x"] == list(range(3, 151))
@@ -311,41 +329,41 @@ def test_umap_makes_the_map_where_it_is_installed(monkeypatch):
     ids=["unlabelled", "resnet", "no tokens", "no features", "no history"],
 )
 def test_what_there_is_nothing_for_is_left_out(tmp_path, more, gone, said):
-    page = Page(write_report(tmp_path, **arguments(**more)).read_text())
+    page = Page(written(tmp_path, **parts(**more)).read_text())
     every = {"Curves", "Neighbours", "Attention", "Patches", "Classes", "Map", "Crops", "Settings", "Environment"}
     assert set(page.ids) - {"curves"} == every - gone
     assert said in page.text
 
 
 def test_a_report_draws_nothing_from_the_generators_and_leaves_the_backbone_as_it_was(tmp_path):
-    given = arguments(backbone=ViTTiny(hidden_dim=32, depth=1, heads=2, image_size=32).train())
+    given = parts(backbone=ViTTiny(hidden_dim=32, depth=1, heads=2, image_size=32).train())
     given["transform"].compile()
     given["backbone"].norm.eval()
     modes = [module.training for module in given["backbone"].modules()]
     before = torch.get_rng_state(), np.random.get_state(legacy=True)
-    first = write_report(tmp_path, **given).read_text()
+    first = written(tmp_path, **given).read_text()
     after = torch.get_rng_state(), np.random.get_state(legacy=True)
     assert torch.equal(before[0], after[0])
     assert all(np.array_equal(one, other) for one, other in zip(before[1], after[1]))
     assert [module.training for module in given["backbone"].modules()] == modes
     assert given["transform"].compiled
     pictures = re.findall('base64,[^"]*', first)
-    assert len(pictures) > 50 and pictures == re.findall('base64,[^"]*', write_report(tmp_path, **given).read_text())
+    assert len(pictures) > 50 and pictures == re.findall('base64,[^"]*', written(tmp_path, **given).read_text())
 
 
 def test_a_report_of_large_and_many_pictures_stays_below_5_mb(tmp_path):
     backbone = ViTTiny(hidden_dim=48, depth=1, heads=12, patch_size=32, image_size=224)
-    path = write_report(tmp_path, **arguments(backbone, size=224, images=12, views=10))
+    path = written(tmp_path, **parts(backbone, size=224, images=12, views=10))
     assert path.stat().st_size < 5e6
 
 
 def test_a_report_that_fails_leaves_the_one_before(tmp_path):
-    path = write_report(tmp_path, **arguments())
+    path = written(tmp_path, **parts())
     before = path.read_text()
     with pytest.raises(ValueError, match="square patches do not cover"):
         broken = ViTTiny(hidden_dim=32, depth=1, heads=2, image_size=32)
         broken.attention = lambda images: torch.ones(len(images), 2, 8, 8)
-        write_report(tmp_path, **arguments(broken))
+        written(tmp_path, **parts(broken))
     assert path.read_text() == before and [*tmp_path.iterdir()] == [path]
 
 
