@@ -26,14 +26,19 @@ SEEN = 128  # images looked at for the estimate
 
 
 @runtime_checkable  # for the type checks of the test run
-class Images(Protocol):
-    """A data set as described in dino/dataset/__init__.py."""
-
-    classes: list[str] | None
+class Pairs(Protocol):
+    """Images and their labels, whatever the labels mean: a data set, or a part of one."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> tuple[Image.Image | Tensor, int]: ...
+
+
+@runtime_checkable
+class Images(Pairs, Protocol):
+    """A data set as described in dino/dataset/__init__.py."""
+
+    classes: list[str] | None
 
 
 class Cached(Dataset[tuple[Tensor, int]]):

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dino.augmentation import EvalTransform
+from dino.dataset.cache import Pairs
 from dino.loading.broken import first_readable, note
 from dino.loading.workers import Loader
 from dino.model import teacher_mode
@@ -53,7 +54,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
 @torch.inference_mode()
 def features_of(
     network: nn.Module,
-    data: Any,
+    data: Pairs,
     transform: EvalTransform,
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -82,7 +83,7 @@ def features_of(
 
 
 def batches(
-    data: Any, transform: EvalTransform, batch_size: int, num_workers: int = 0, shuffle: bool = False
+    data: Pairs, transform: EvalTransform, batch_size: int, num_workers: int = 0, shuffle: bool = False
 ) -> DataLoader[Any]:
     """(uint8 images, labels, a sentence for each that could not be read)."""
     return Loader(
@@ -153,7 +154,7 @@ def calibrate(
 class _Prepared(Dataset[tuple[Tensor, int, list[str]]]):
     """(image, label, what could not be read): in place of a broken image stands another, without a label."""
 
-    def __init__(self, data: Any, transform: EvalTransform) -> None:
+    def __init__(self, data: Pairs, transform: EvalTransform) -> None:
         self.data, self.transform = data, transform
 
     def __len__(self) -> int:

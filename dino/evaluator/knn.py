@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from dino.augmentation import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
+from dino.dataset.cache import Images, Pairs
 from dino.evaluator.features import UNREAD, Features, RawPixels, batches, calibrate, features_of
 from dino.evaluator.neighbours import knn_predictions
 from dino.runtime.memory import oom_advice_on_all_ranks
@@ -20,9 +21,9 @@ log = logging.getLogger(__name__)
 
 
 class Measured(NamedTuple):
-    """`figures` by name; and what they were computed from, of whole data sets in their order, on rank zero.
+    """`figures` by name and, on rank zero, what they were computed from: whole data sets, in their order.
 
-    bank, queries: features of the training and the validation images. predicted: the labels that k-NN gives to queries.
+    bank, queries: features of the training and the validation images. predicted: the k-NN label of each query.
     """
 
     figures: dict[str, float]
@@ -32,6 +33,39 @@ class Measured(NamedTuple):
 
 
 NOTHING = Measured({})
+
+
+@runtime_checkable  # for the type checks of the test run
+class Evaluator(Protocol):
+    """Measures a backbone on the images of a run, and what the backbone must beat; see KNN for the arguments."""
+
+    def measure(
+        self,
+        backbone: nn.Module,
+        train: Images,
+        val: Images,
+        *,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        num_workers: int,
+        broken: set[str],
+    ) -> Measured: ...
+
+    def baselines(
+        self,
+        backbone: nn.Module,
+        train: Images,
+        val: Images,
+        *,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        num_workers: int,
+        broken: set[str],
+    ) -> dict[str, float]: ...
 
 
 class KNN:
@@ -44,15 +78,15 @@ class KNN:
         self.size, self.k, self.temperature, self.batch_size = size, k, temperature, batch_size
         EvalTransform(size)  # refuses a size that cannot be
 
-    def __call__(self, backbone: nn.Module, train: Any, val: Any, **how: Any) -> dict[str, float]:
+    def __call__(self, backbone: nn.Module, train: Images, val: Images, **how: Any) -> dict[str, float]:
         """The figures of `measure`, which takes the same arguments."""
         return self.measure(backbone, train, val, **how).figures
 
     def measure(
         self,
         backbone: nn.Module,
-        train: Any,
-        val: Any,
+        train: Images,
+        val: Images,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
         device: torch.device | str = "cpu",
@@ -71,7 +105,8 @@ class KNN:
         rest = (transform, device, autocast, self.batch_size, num_workers, broken)
         advice = f"in k-NN; an evaluator.batch_size below {self.batch_size} takes less"
         with oom_advice_on_all_ranks(advice):
-            mine, share = (features_of(backbone, Subset(data, rank_indices(len(data))), *rest) for data in (train, val))
+            parts: list[Pairs] = [Subset(data, rank_indices(len(data))) for data in (train, val)]  # type: ignore[arg-type]
+            mine, share = (features_of(backbone, part, *rest) for part in parts)
         bank = Features(*(all_gather_rows(part, len(train)) for part in mine))
         with oom_advice_on_all_ranks(advice):
             predicted = knn_predictions(bank.read(), share.rows, [self.k], self.temperature)[self.k]
@@ -85,8 +120,8 @@ class KNN:
     def baselines(
         self,
         backbone: nn.Module,
-        train: Any,
-        val: Any,
+        train: Images,
+        val: Images,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
         device: torch.device | str = "cpu",

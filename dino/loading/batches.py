@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dino.augmentation import DINOTransform
+from dino.dataset.cache import Pairs
 from dino.loading.broken import TooManyBroken, note
 from dino.loading.micro_batch import MicroBatch
 from dino.loading.sampler import PHOTOMETRY, Batching, StepSampler
@@ -18,15 +19,15 @@ from dino.loading.workers import Loader
 class Steps:
     """`for step, micro_batches in Steps(...)`: one optimizer update each, of `accumulation` micro-batches.
 
-    A micro-batch becomes views on the device, and photometry is done there in one batch, when the loop asks for it. One
-    loader serves all epochs: no worker starts anew between two, and the first batch of an epoch is there when the last
-    ends.
+    When the loop asks for a micro-batch, its views move to the device, and photometry is done there in one batch. One
+    loader serves all epochs: no worker starts anew between two epochs, and the first batch of an epoch is ready when
+    the epoch before ends.
     `broken` fills with a sentence for each image that could not be read and was passed over.
     """
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: Pairs,
         transform: DINOTransform,
         batching: Batching,
         start: int = 0,

@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from dino.dataset.encoded import BrokenImage
 from dino.runtime.files import atomic_write
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 LIST = "broken_images.txt"  # in the run directory, a sentence a line
 MOST = 0.01  # of a data set: above it something is wrong with the disk or the copy, not with some files
@@ -30,7 +31,7 @@ def refusal(broken: int, images: int, directory: Path) -> TooManyBroken:
     )
 
 
-def first_readable(load: Callable[[int], Any], index: int, images: int) -> tuple[Any, list[str]]:
+def first_readable(load: Callable[[int], T], index: int, images: int) -> tuple[T, list[str]]:
     """`load(index)`, or that of the first after it that can be read, and a sentence for each broken one passed over.
 
     The same in every process and on resume, as long as the files are.

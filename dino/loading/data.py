@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dino.augmentation import DINOTransform, EvalTransform
+from dino.dataset.cache import Images
 from dino.loading.batches import Steps, TrainLoader
 from dino.loading.sampler import Batching
 from dino.loading.views import Loading
@@ -16,8 +17,8 @@ from dino.loading.views import Loading
 class Data:
     """Both splits, the transforms, and the order of the training images."""
 
-    train_set: Any
-    val_set: Any
+    train_set: Images
+    val_set: Images
     transform: DINOTransform
     eval_size: int  # pixels
     batching: Batching

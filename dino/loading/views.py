@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from dino.augmentation import DINOTransform, collate_multi_crop, image_tensor
 from dino.augmentation.crops import cut_together
-from dino.dataset.cache import Cached
+from dino.dataset.cache import Cached, Pairs
 from dino.dataset.encoded import EncodedImages, plain_jpeg, quiet
 from dino.loading.broken import first_readable, note
 
@@ -46,7 +46,7 @@ class Loading:
 class WorkerCrops:
     """Workers decode and crop. The least to hand over where images are large, and the quickest on a CPU."""
 
-    def __init__(self, dataset: Any, transform: DINOTransform) -> None:
+    def __init__(self, dataset: Pairs, transform: DINOTransform) -> None:
         self.dataset, self.transform = dataset, transform
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[list[Tensor], int]:
@@ -64,7 +64,7 @@ class WorkerCrops:
 class DeviceCrops:
     """Workers decode and draw the boxes; the device crops. They hand over whole images, as they are."""
 
-    def __init__(self, dataset: Any, transform: DINOTransform) -> None:
+    def __init__(self, dataset: Pairs, transform: DINOTransform) -> None:
         self.dataset, self.transform = dataset, transform
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[int, int, Tensor, ndarray]:
@@ -93,6 +93,7 @@ class DeviceDecodes(DeviceCrops):
 
     def __init__(self, dataset: EncodedImages, transform: DINOTransform, broken: set[str]) -> None:
         super().__init__(dataset, transform)
+        self.dataset: EncodedImages = dataset
         self.broken = broken
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[int, int, Tensor, ndarray]:
@@ -158,7 +159,7 @@ class CachedCrops:
 Crops = WorkerCrops | DeviceCrops | DeviceDecodes | CachedCrops
 
 
-def crops_of(dataset: Any, transform: DINOTransform, device_does: str, broken: set[str]) -> Crops:
+def crops_of(dataset: Pairs, transform: DINOTransform, device_does: str, broken: set[str]) -> Crops:
     """`device_does`: "photometry", "crops" too, or "decode" as well, as far as `dataset` lets it: what is on a GPU
     already is cropped there, and what is decoded already is not decoded again."""
     if isinstance(dataset, Cached) and dataset.device.type != "cpu":

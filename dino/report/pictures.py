@@ -97,14 +97,14 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
     return [path.name if stems.count(path.stem) > 1 else path.stem for path in paths]
 
 
-def read(paths: Sequence[Path], said: list[str]) -> dict[Path, UInt8[Tensor, "3 _ _"]]:
-    """Those that can be read; of the others a sentence each in `said`. Raises Refused where none can."""
+def read(paths: Sequence[Path], unread: list[str]) -> dict[Path, UInt8[Tensor, "3 _ _"]]:
+    """Those that can be read; `unread` gets a sentence for each of the others. Raises Refused where none can."""
     images: dict[Path, Tensor] = {}
     for path in paths:
         try:
             images[path] = decode(path.read_bytes(), str(path))
         except BrokenImage as error:
-            said.append(str(error))
+            unread.append(str(error))
     if not images:
-        raise Refused(*said)
+        raise Refused(*unread)
     return images

@@ -204,12 +204,12 @@ def _shortest(key: str, keys: Iterable[str]) -> str:
 def _table(runs: Sequence[Run], names: list[str], settings: Mapping[str, list[Any]], width: int) -> list[str]:
     """Lines of at most `width` characters, as far as shorter cells and fewer columns can bring that about."""
     cells = _cells(settings)
-    told = cells if _all_told_apart(cells, len(runs)) else {"run": names, **cells}
+    telling = cells if _all_told_apart(cells, len(runs)) else {"run": names, **cells}
     measured = {heading: [_number(name, run.measured[name]) for run in runs] for name, heading in HEADINGS.items()}
     states = {"state": [str(run.state) for run in runs]}
     lines, without = [""], 0
     for longest, without in ((60, 0), (24, 0), (14, 0), (14, 1), (14, 2), (14, 3), (14, 4), (8, 4)):
-        columns = {_cut(name, longest): [_cut(cell, longest) for cell in values] for name, values in told.items()}
+        columns = {_cut(name, longest): [_cut(cell, longest) for cell in values] for name, values in telling.items()}
         columns |= {name: values for name, values in measured.items() if name not in DISPENSABLE[:without]} | states
         lines = _lines(columns, right=set(measured))
         if max(map(len, lines)) <= width:

@@ -1,7 +1,7 @@
-"""What is measured of a step, beside its loss, to see whether learning goes well; and what is said if it collapses."""
+"""What a step is measured by, beside its loss, to see whether learning goes well; and the warning of a collapse."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,14 +53,14 @@ def diagnose(figures: Mapping[str, float], ln_k: float, images: int, directions:
     """The mode of collapse that `figures` show: "uniform", "constant" or "dimensional"; None for none of them.
 
     figures: those of `Monitor.measure`. images: of the step, in all processes. directions: the most that RankMe can be.
-    The entropy of the mean output less the mean entropy of the outputs is what an output says of its image (their
-    mutual information). It is near 0 in the first two modes, which the entropy itself tells apart: it is at ln K where
-    centering beats sharpening, and anywhere where all outputs are the same (Sec. 5.3).
+    The entropy of the mean output, less the mean entropy of the outputs, is the mutual information of an output and its
+    image. It is near 0 in the first two modes, and the mean entropy tells these two apart: it is ln K where centering
+    beats sharpening, and can have any value where all outputs are the same (Sec. 5.3).
     """
-    told = (figures["teacher_entropy_of_mean"] - figures["teacher_entropy"]) * ln_k
-    if images > 1 and (1 - figures["teacher_entropy"]) * ln_k < LEAST_INFORMATION:  # which is at least `told`
+    information = (figures["teacher_entropy_of_mean"] - figures["teacher_entropy"]) * ln_k
+    if images > 1 and (1 - figures["teacher_entropy"]) * ln_k < LEAST_INFORMATION:  # which is at least `information`
         return "uniform"
-    if images > 1 and (told < LEAST_INFORMATION or figures["feature_std"] < SPREAD):
+    if images > 1 and (information < LEAST_INFORMATION or figures["feature_std"] < SPREAD):
         return "constant"
     if directions >= LEAST_DIRECTIONS and figures["rankme"] < DIRECTIONS:
         return "dimensional"
@@ -193,6 +193,6 @@ def feature_std(features: Float[Tensor, "rows dim"]) -> Float[Tensor, ""]:
     return directions.std(dim=0, correction=0).mean() * math.sqrt(features.shape[1])
 
 
-def _norm(tensors: Any) -> Tensor:
-    norm: Tensor = torch.stack([full_tensor(norm) for norm in torch._foreach_norm(tensors)]).norm()
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    norm: Tensor = torch.stack([full_tensor(norm) for norm in torch._foreach_norm([*tensors])]).norm()
     return norm

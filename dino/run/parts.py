@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,8 +14,8 @@ from dino.config.check import nodes
 from dino.config.node import build_node, with_random_weights
 from dino.config.settings import Settings
 from dino.config.trial import arguments_of
-from dino.dataset.cache import cached
-from dino.evaluator.knn import Measured
+from dino.dataset.cache import Images, cached
+from dino.evaluator.knn import Evaluator, Measured
 from dino.loading.batches import Steps, TrainLoader
 from dino.loading.data import Data
 from dino.loading.sampler import Batching, accumulation_for, steps_of
@@ -33,6 +33,8 @@ from dino.runtime.sharding import shard
 from dino.scheduler import Schedule
 from dino.weights import read_teacher
 from dino.weights.allowlist import Group, NotAllowed, allowed
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Parts:
     learner: Learner
     schedule: Schedule
     untrained: torch.nn.Module  # the backbone with random weights, until it is measured
-    evaluator: Any
+    evaluator: Evaluator
 
     @property
     def student(self) -> DinoModel:
@@ -75,11 +77,11 @@ class Parts:
         return self.data.transform
 
     @property
-    def train_set(self) -> Any:
+    def train_set(self) -> Images:
         return self.data.train_set
 
     @property
-    def val_set(self) -> Any:
+    def val_set(self) -> Images:
         return self.data.val_set
 
     @property
@@ -92,16 +94,15 @@ class Parts:
     def evaluate(self) -> Measured:
         """The teacher's backbone by the evaluator."""
         broadcast_buffers(self.teacher)  # each process measures a share of the images, with one network
-        measured: Measured = self._with_data(self.evaluator.measure, self.teacher.backbone)
-        return measured
+        return self._with_data(self.evaluator.measure, self.teacher.backbone)
 
     def baselines(self) -> dict[str, float]:
         """Of the untrained backbone and of raw pixels, at whatever step. Once: the backbone is then let go."""
-        measured: dict[str, float] = self._with_data(self.evaluator.baselines, self.untrained.to(self.device))
+        measured = self._with_data(self.evaluator.baselines, self.untrained.to(self.device))
         del self.untrained
         return measured
 
-    def _with_data(self, measure: Callable[..., Any], backbone: torch.nn.Module) -> Any:
+    def _with_data(self, measure: Callable[..., T], backbone: torch.nn.Module) -> T:
         loading = self.data.loading
         return measure(
             backbone,

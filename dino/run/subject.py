@@ -79,10 +79,10 @@ def from_run(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     Raises Refused for what a file may not name, and for a file that is no config of a run.
     """
     try:
-        said = yaml.safe_load(path.read_text())
+        saved = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise Refused(f"{path} cannot be read ({str(error).splitlines()[0]}); mend it, or give checkpoint=.") from error
-    parts = [said.get(part) or {} for part in ("dataset", "augmentation", "logger")] if isinstance(said, dict) else []
+    parts = [saved.get(part) or {} for part in ("dataset", "augmentation", "logger")] if isinstance(saved, dict) else []
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise Refused(f"{path}: expected the config of a run, with its dataset and augmentation; give checkpoint=.")
     dataset, augmentation, loggers = parts
