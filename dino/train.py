@@ -46,7 +46,7 @@ def train(
 
 
 def main() -> None:
-    from dino.config import command
+    from dino.config.command import command
 
     find_in_current_folder()
     command("train")(attempt)()

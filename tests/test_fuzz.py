@@ -20,9 +20,10 @@ from test_dataset import serve_cifar10
 
 from dino.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from dino.backbone.vit_tiny import ViTTiny
-from dino.config import CONF, command
+from dino.config import CONF
 from dino.config import trial as config_trial
 from dino.config.check import check
+from dino.config.command import command
 from dino.config.composition import compose, quoted
 from dino.head import DinoProjectionHead
 from dino.model import DinoModel

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -24,6 +26,12 @@ CONF = INSIDE if INSIDE.is_dir() else INSIDE.parent.parent / "conf"  # in a whee
 FAILURES = (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, AttributeError)
 
 SEVERAL = ("logger", "experiment")  # groups of which a run can have several options; of others two would be mixed
+
+Plugins.instance()  # finds the plugins, which store their options
+for group, option in (("sweeper", "optuna.yaml"), ("launcher", "joblib.yaml")):
+    # Hydra takes a stored option for the schema of a file of the same name, and fails at the defaults in both. Of
+    # these two the files in conf/hydra are the ones to use: Optuna's stored one would minimise the k-NN.
+    ConfigStore.instance().repo["hydra"][group].pop(option, None)
 
 
 def quoted(text: str) -> str:

@@ -12,10 +12,9 @@ from pydantic_core import ErrorDetails
 
 from dino.config.node import did_you_mean
 from dino.runtime.annotated import is_node
-from dino.runtime.device import DEVICES
+from dino.runtime.importing import dotted
 from dino.runtime.nested import value_at
 from dino.runtime.refused import shown
-from dino.weights.allowlist import dotted
 
 MOST_EVAL_PIXELS = 2**14  # that of dino.augmentation, which takes a second to import
 NODE = "a node with its _target_"
@@ -29,6 +28,8 @@ def _dotted(names: list[str]) -> list[str]:
 
 
 def _device(name: str) -> str:
+    from dino.runtime.device import DEVICES  # loads torch, which a command without a device does not need
+
     if not re.fullmatch(DEVICES, name):
         raise ValueError
     return name

@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -204,12 +202,6 @@ class NameRuns(Callback):  # type: ignore[misc]
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         OmegaConf.select(config, "hydra.sweep.subdir")
 
-
-Plugins.instance()  # finds the plugins, which store their options
-for group, option in (("sweeper", "optuna.yaml"), ("launcher", "joblib.yaml")):
-    # Hydra takes a stored option for the schema of a file of the same name, and fails at the defaults in both. Of
-    # these two the files in conf/hydra are the ones to use: Optuna's stored one would minimise the k-NN.
-    ConfigStore.instance().repo["hydra"][group].pop(option, None)
 
 
 def _parsed(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:

@@ -1,4 +1,4 @@
-"""Where a command finds the classes that its configuration names."""
+"""The classes that a configuration names: how such a name looks, and where a command finds them."""
 
 import sys
 from pathlib import Path
@@ -9,3 +9,8 @@ def find_in_current_folder() -> None:
     here = str(Path.cwd())
     if "" not in sys.path and here not in sys.path:
         sys.path.insert(0, here)
+
+
+def dotted(name: str) -> bool:
+    """Whether that is the name of a package, a module or a class: identifiers with dots between them."""
+    return all(part.isidentifier() for part in name.split("."))

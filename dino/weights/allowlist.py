@@ -19,6 +19,7 @@ from torch import nn
 
 from dino.runtime.annotated import annotations, fitted_or_left
 from dino.runtime.files import path_exists
+from dino.runtime.importing import dotted
 from dino.runtime.refused import Refused, shown
 
 Group = Literal["backbone", "head", "augmentation", "dataset", "logger"]
@@ -72,11 +73,6 @@ def allowed(group: Group, node: Any, source: str | Path, trust: str | Sequence[s
     if not trusted:
         _check_values(target, arguments, source)
     return arguments | {key: value for key, value in OFFLINE.items() if key in arguments}
-
-
-def dotted(name: str) -> bool:
-    """Whether that is the name of a package, a module or a class: identifiers with dots between them."""
-    return all(part.isidentifier() for part in name.split("."))
 
 
 def network(node: Mapping[str, Any], **late: Any) -> Any:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dino.config import CONF, command, run_name
-from dino.config.composition import compose
+from dino.config import CONF, compose
+from dino.config.command import command
+from dino.config.sweep import run_name
 from dino.runtime.refused import Refused
 
 NO_OPTION = "backbone has no option"

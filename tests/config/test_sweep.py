@@ -21,7 +21,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from test_train import ROOT, TINY, final, program
 
-from dino.config import command
+from dino.config.command import command
 from dino.config.sweep import check_runs, run_name, sweep_of
 from dino.history import History
 from dino.run.finite import NonFiniteLoss
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.slow  # whole programs, several processes each
 @pytest.fixture
 def unchecked(monkeypatch):
     """Without the checks at the door, a part of a second for each run: they have tests of their own."""
-    monkeypatch.setattr("dino.config.program.check", lambda config: [])
-    monkeypatch.setattr("dino.config.program.check_runs", lambda *_: None)
+    monkeypatch.setattr("dino.config.command.check", lambda config: [])
+    monkeypatch.setattr("dino.config.command.check_runs", lambda *_: None)
 
 
 @pytest.fixture
@@ -378,7 +378,7 @@ def test_optuna_goes_by_the_knn_and_the_same_command_returns_what_is_finished_at
 
 PROGRAM = """
 import os, signal, sys, time
-from dino.config import command
+from dino.config.command import command
 from dino.run.finite import NonFiniteLoss
 from dino.run.stop import StopSignal
 
