@@ -14,7 +14,6 @@ are measured, of the backbone, of one that has learned nothing, and of raw pixel
 evaluation.json, the run's history and its loggers. Keys: conf/evaluate.yaml.
 """
 
-import argparse
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +21,10 @@ from typing import Any
 
 import torch
 
-from dino.config import CONF, build_node, compose
+from dino.config import build_node
 from dino.config.machine import check_machine
 from dino.config.node import Problems, misfits, with_random_weights
+from dino.config.program import run_program
 from dino.config.settings import Evaluate, errors_in
 from dino.dataset.cache import cached
 from dino.evaluator.bench import Bench
@@ -45,20 +45,8 @@ log = logging.getLogger("dino.evaluate")
 
 
 def main() -> None:
-    summary, _, more = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m dino.evaluate",
-        description=summary,
-        epilog=f"{more}\n{(CONF / 'evaluate.yaml').read_text()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for dino.train")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        evaluate(compose(parser.parse_args().overrides, "evaluate", CONF))
-    except Refused as refused:
-        print(*refused.problems, sep="\n", file=sys.stderr)
-        sys.exit(2)
+    run_program("evaluate", __doc__, evaluate)
 
 
 def evaluate(config: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -218,7 +218,15 @@ def test_more_settings_than_a_table_can_show_give_way_to_the_names_of_the_runs(t
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["nowhere"], "nowhere: there is no such directory"), (["."], ".: there are no runs in it")],
+    [
+        (["runs=nowhere"], "nowhere: there is no such directory"),
+        (["runs=[.,nowhere]"], ".: there are no runs in it"),
+        (["runs=."], ".: there are no runs in it"),
+        ([], "runs=null: expected the directory of a sweep or a run"),
+        (["runs=[]"], "runs=[]: expected the directory of a sweep or a run"),
+        (["outputs/x"], "outputs/x: expected key=value; write runs=outputs/x."),
+        (["+run=a", "runs=a"], "run: there is no such key; did you mean runs?"),
+    ],
 )
 def test_bad_input_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys, arguments, sentence):
     monkeypatch.chdir(tmp_path)
@@ -242,7 +250,7 @@ def test_a_disk_that_takes_no_files_still_shows_the_table(sweep, monkeypatch):
 
 def test_it_loads_no_torch(sweep):
     program = "import sys; from dino.compare import main; main(); print('torch' in sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", program, sweep], capture_output=True, text=True, check=True)
+    shown = subprocess.run([sys.executable, "-c", program, f"runs={sweep}"], capture_output=True, text=True, check=True)
     assert shown.stdout.splitlines()[-1] == "False"
 
 

@@ -328,9 +328,10 @@ def test_awkward_names_of_folders_and_runs_do_in_every_program(data, tmp_path, m
         evaluate.main, f"run={directory}", "measures=[knn]", "ks=[1]", "device=cpu", "baselines=false", **told
     )
     assert "knn" in measured and (directory / "evaluation.json").exists()
-    called(visualize.main, str(directory), str(data / "folder" / "val" / "a"), "--output", AWKWARD, **told)
+    images = data / "folder" / "val" / "a"
+    called(visualize.main, f"checkpoint={directory}", f"images={images}", f"output={AWKWARD}", **told)
     assert len(list((here / AWKWARD).glob("*.png"))) == 8
-    assert called(compare.main, "outputs", **told).count("finished") == 2
+    assert called(compare.main, "runs=outputs", **told).count("finished") == 2
 
 
 # ---- the other programs ---------------------------------------------------------------------------------------------
@@ -359,37 +360,42 @@ def teacher(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("option", "named"),
     [
-        *((["--device", device], "device=") for device in ("gpu", "cuda:99", "", "meta", "xla", "hpu", "mps")),
-        *((["--size", size], "--size") for size in ("0", "-1", "x", "1000000", "1" + 400 * "0")),
-        *((["--mass", mass], "--mass") for mass in ("nan", "0", "2", "inf", "x")),
-        *((["--k", k], "--k") for k in ("0", "-1", "1.5")),
-        *((["--fps", fps], "--fps") for fps in ("nan", "inf", "0", "1e-9", "-1")),
-        *((["--output", output], "--output") for output in ("file", "file/below", "x" * 5000)),
-        *((["--neighbours", folder], folder) for folder in ("nowhere", "file")),
-        (["--nope"], "--nope"),
-        (["one", "more"], "unrecognized"),
+        *((f"device={device}", "device=") for device in ("gpu", "cuda:99", "", "meta", "xla", "hpu", "mps")),
+        *((f"size={size}", "size=") for size in ("0", "-1", "x", "1000000", "1" + 400 * "0")),
+        *((f"mass={mass}", "mass=") for mass in ("nan", "0", "2", "inf", "x")),
+        *((f"k={k}", "k=") for k in ("0", "-1", "1.5")),
+        *((f"fps={fps}", "fps=") for fps in ("nan", "inf", "0", "1e-9", "-1")),
+        *((f"output={output}", "output=") for output in ("file", "file/below", "x" * 5000)),
+        *((f"neighbours={folder}", folder) for folder in ("nowhere", "file")),
+        ("animation=mp4", "animation="),
+        ("trust=[no package]", "trust="),
+        ("nope=1", "nope"),
+        ("+nope=1", "nope"),
+        ("--nope", "--nope"),
+        ("more", "more: expected key=value"),
     ],
 )
-def test_visualize_answers_a_bad_option_in_sentences(teacher, options, named, tmp_path, monkeypatch, capsys):
+def test_visualize_answers_a_bad_option_in_sentences(teacher, option, named, tmp_path, monkeypatch, capsys):
     from dino.visualize import main
 
     (tmp_path / "file").write_text("no image")
-    lines = refused(main, teacher, teacher / "images", *options, monkeypatch=monkeypatch, capsys=capsys)
-    assert 1 <= len(lines) <= 5 and named in lines[-1]
+    given = [f"checkpoint={teacher}", f"images={teacher / 'images'}", option]
+    lines = refused(main, *given, monkeypatch=monkeypatch, capsys=capsys)
+    assert 1 <= len(lines) <= 2 and named in lines[-1]
     assert [path.name for path in tmp_path.rglob("*.png")] == []
 
 
 @pytest.mark.parametrize("wrong", ["nowhere", "file", "", "x" * 5000, "empty"])
-@pytest.mark.parametrize("name", ["compare", "visualize", "evaluate run", "evaluate checkpoint"])
+@pytest.mark.parametrize("name", ["compare runs", "visualize checkpoint", "evaluate run", "evaluate checkpoint"])
 def test_a_run_that_is_not_there_is_said_in_a_sentence(name, wrong, tmp_path, monkeypatch, capsys):
     from dino import compare, evaluate, visualize
 
     (tmp_path / "file").write_text("no run")
     (tmp_path / "empty").mkdir()
-    module, *key = name.split()
-    arguments = [f"{key[0]}={wrong}"] if key else [wrong, "file"] if module == "visualize" else [wrong]
+    module, key = name.split()
+    arguments = [f"{key}={wrong}", *(["images=file"] if module == "visualize" else [])]
     program = {"compare": compare, "visualize": visualize, "evaluate": evaluate}[module]
     lines = refused(program.main, *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert len(lines) == 1 and (wrong[:20] in lines[0] or "expected" in lines[0])

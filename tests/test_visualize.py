@@ -13,6 +13,8 @@ from torch import nn
 from dino.backbone.resnet import SmallResNet
 from dino.backbone.vit import ViT
 from dino.backbone.vit_tiny import ViTTiny
+from dino.config import CONF, compose
+from dino.config.settings import Visualize, settings_of
 from dino.head import DinoProjectionHead
 from dino.model import DinoModel
 from dino.report.attention import attention_maps, grid_of, mass_mask, patch_tokens, pca_rgb, principal_colours
@@ -195,6 +197,11 @@ def saved(directory, backbone, node):
     return directory
 
 
+def settings(checkpoint, images, output, *overrides):
+    given = [f"checkpoint={checkpoint}", f"images={images}", f"output={output}", *overrides]
+    return settings_of(Visualize, compose(given, "visualize", CONF))
+
+
 @pytest.fixture
 def vit(tmp_path):
     node = {"hidden_dim": 32, "depth": 1, "heads": 2, "image_size": 32}
@@ -214,8 +221,8 @@ def folder(tmp_path):
 def test_the_command_writes_pictures_of_every_image(vit, folder, tmp_path, monkeypatch, capsys):
     (folder / "broken.png").write_bytes(b"none")
     out = tmp_path / "out"
-    line = ["visualize", vit, folder, "--output", out, "--size", "64", "--neighbours", folder, "--mass", "0.6"]
-    monkeypatch.setattr(sys, "argv", [*map(str, line), "--foreground"])
+    line = [f"checkpoint={vit}", f"images={folder}", f"output={out}", "size=64", f"neighbours={folder}", "mass=0.6"]
+    monkeypatch.setattr(sys, "argv", ["visualize", *line, "foreground=true"])
     main()
     stems = [f"photo_{i}" for i in (1, 2, 10)]
     kinds = ("attention", "pca", "neighbours")
@@ -236,8 +243,8 @@ def test_frames_are_numbered_in_their_order_and_make_an_animation(vit, folder, t
         with Image.open(path) as image:
             square = image.resize((48, 48))
         square.save(path)
-    visualize(vit, folder, tmp_path / "gif", video=True, fps=10)
-    visualize(vit, folder, tmp_path / "webp", video=True, animation="webp")
+    visualize(settings(vit, folder, tmp_path / "gif", "video=true", "fps=10"))
+    visualize(settings(vit, folder, tmp_path / "webp", "video=true", "animation=webp"))
     assert sorted(path.name for path in (tmp_path / "gif").iterdir()) == sorted(
         ["attention.gif", "pca.gif"] + [f"{kind}_{i:04d}.png" for kind in ("attention", "pca") for i in (1, 2, 3)]
     )
@@ -251,29 +258,30 @@ def test_frames_are_numbered_in_their_order_and_make_an_animation(vit, folder, t
 def test_a_resnet_gives_what_it_has(tmp_path, folder):
     node = {"_target_": "dino.backbone.resnet.SmallResNet", "width": 8}
     run = saved(tmp_path / "resnet", SmallResNet(width=8), node)
-    said = visualize(run, folder / "photo_1.png", tmp_path / "out")
+    said = visualize(settings(run, folder / "photo_1.png", tmp_path / "out"))
     assert said == ["SmallResNet has no attention: no attention maps.", f"pca of 1 images in {tmp_path / 'out'}"]
-    with pytest.raises(Refused, match="--foreground needs attention, and SmallResNet has none"):
-        visualize(run, folder, tmp_path / "out", foreground=True)
+    with pytest.raises(Refused, match="foreground=true: needs attention, and SmallResNet has none"):
+        visualize(settings(run, folder, tmp_path / "out", "foreground=true"))
 
 
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"images": Path("nowhere")}, "nowhere is not there; expected an image or a folder of images"),
-        ({"checkpoint": Path("nowhere")}, "nowhere is not there; expected a run's directory"),
-        ({"size": 0}, "--size must be 1 or more, at most 16384, got 0"),
-        ({"k": -1}, "--k must be 1 or more, got -1"),
+        ("images=nowhere", "^nowhere is not there; expected an image or a folder of images"),
+        ("checkpoint=nowhere", "^nowhere is not there; expected a run's directory"),
+        ("images=null", "^images=null: expected the path of an image or of a folder of images"),
+        ("size=0", "^size=0: expected a whole number from 1 to 16384, or null"),
+        ("k=-1", "^k=-1: expected a whole number, 1 or more"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(vit, folder, tmp_path, change, sentence):
     with pytest.raises((Refused, FileNotFoundError), match=sentence):
-        visualize(**{"checkpoint": vit, "images": folder, "output": tmp_path / "out", **change})
+        visualize(settings(vit, folder, tmp_path / "out", change))
 
 
 def test_a_folder_without_images_is_one_sentence_and_status_2(vit, tmp_path):
     (tmp_path / "empty").mkdir()
-    line = [sys.executable, "-m", "dino.visualize", vit, tmp_path / "empty"]
+    line = [sys.executable, "-m", "dino.visualize", f"checkpoint={vit}", f"images={tmp_path / 'empty'}"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2
     assert done.stderr.splitlines() == [

@@ -1,20 +1,20 @@
-"""The keys of conf/train.yaml and conf/evaluate.yaml outside the groups: type, range and words in one place.
+"""The keys of the YAMLs of all commands outside the groups: type, range and words in one place.
 
 `Settings.model_validate(config)` gives `settings.training.batch_size`; `errors_in` gives all errors, in sentences.
 """
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, ValidationError
 from pydantic_core import ErrorDetails
 
-from dino.config.node import did_you_mean
+from dino.config.node import Problems, did_you_mean
 from dino.runtime.annotated import is_node
 from dino.runtime.importing import dotted
 from dino.runtime.nested import value_at
-from dino.runtime.refused import shown
+from dino.runtime.refused import Refused, shown
 
 MOST_EVAL_PIXELS = 2**14  # that of dino.augmentation, which takes a second to import
 NODE = "a node with its _target_"
@@ -43,6 +43,10 @@ def _node(value: dict[str, Any]) -> dict[str, Any]:
 
 def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 # The description is what an error says was expected.
@@ -180,6 +184,57 @@ class Evaluate(Section):
     few_shot: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(description="shares of the labels, in (0, 1]")]
     probe_epochs: AboveZero
     finetune_epochs: AboveZero
+
+
+A_TEACHER = "a run's directory, its teacher.safetensors or a checkpoint (.pt), such as checkpoint=outputs/<run>"
+SOME_IMAGES = "the path of an image or of a folder of images, such as images=photo.jpg"
+
+
+class Visualize(Section):
+    """conf/visualize.yaml."""
+
+    checkpoint: Annotated[Text, Field(description=A_TEACHER)]
+    images: Annotated[Text, Field(description=SOME_IMAGES)]
+    output: Annotated[Text, Field(description="the path of a folder")]
+    size: Annotated[  # pixels
+        Annotated[int, Field(ge=1, le=MOST_EVAL_PIXELS)] | None,
+        Field(description=f"a whole number from 1 to {MOST_EVAL_PIXELS}, or null"),
+    ]
+    mass: Annotated[
+        Annotated[float, Field(gt=0, le=1)] | None,
+        Field(description="a share of the attention, above 0 and at most 1, or null"),
+    ]
+    foreground: Switch
+    neighbours: MaybeText
+    k: Count
+    video: Switch
+    fps: Annotated[float, Field(ge=0.01, le=1000, description="a number from 0.01 to 1000")]  # a GIF knows no slower
+    animation: Annotated[Literal["gif", "webp"], Field(description="gif or webp")]
+    trust: Names
+    device: Device
+
+
+class Compare(Section):
+    """conf/compare.yaml."""
+
+    runs: Annotated[
+        list[Text],
+        BeforeValidator(_listed),
+        Field(min_length=1, description="the directory of a sweep or a run, or a list of them: runs=outputs/<sweep>"),
+    ]
+
+
+Model = TypeVar("Model", bound=Section)
+
+
+def settings_of(model: type[Model], config: Mapping[str, Any]) -> Model:
+    """The config as `model`. Raises Refused, with a sentence for each value that it does not take."""
+    problems = Problems()
+    for key, text in errors_in(model, config):
+        problems.add(key, text)
+    if problems:
+        raise Refused(*problems.values())
+    return model.model_validate(config)
 
 
 def errors_in(model: type[Section], config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -195,5 +195,5 @@ def _no_class(group: Group, target: Any) -> str:
 def _only_trusted(name: str) -> str:
     return (
         "so nothing of it was imported. If you know who made the file and what that code does, give "
-        f'trust=[{name}] (dino.visualize: --trust {name}; in Python: load_teacher(path, trust=("{name}",))).'
+        f'trust=[{name}] (in Python: load_teacher(path, trust=("{name}",))).'
     )

@@ -50,7 +50,9 @@ PROGRAMS = {
     "evaluate": lambda path: evaluate(
         compose(["backbone=resnet_small", "dataset=textures", "device=cuda:1", f"output={path}"], "evaluate", CONF)
     ),
-    "visualize": lambda path: dino.visualize.visualize(path, path, path, device="cuda:1"),
+    "visualize": lambda path: dino.visualize.show(
+        compose([f"checkpoint={path}", f"images={path}", "device=cuda:1"], "visualize", CONF)
+    ),
 }
 
 

@@ -147,7 +147,7 @@ def each_command(capsys, monkeypatch, file):
     """(command, exit status, what it said on stderr) of all commands that read the weights of a file."""
     arguments = {
         "evaluate": [f"checkpoint={file}", "dataset=textures", "device=cpu", "measures=[knn]"],
-        "visualize": [str(file), "photo.png", "--device", "cpu"],
+        "visualize": [f"checkpoint={file}", "images=photo.png", "device=cpu"],
         "train": [*TINY, f"init_from={file}", "training.max_steps=1"],
     }
     for name, main in (("evaluate", evaluate.main), ("visualize", visualize.main), ("train", train)):
@@ -381,7 +381,7 @@ def test_a_network_of_ones_own_is_loaded_with_trust_alone(own, monkeypatch, file
     path = f"outputs/a/{file}"
     sentence = (
         r"its backbone is my_package\.nets\.Net, which is no backbone of this project, so nothing of it was imported\. "
-        r"If you know who made the file .*trust=\[my_package\].*--trust my_package;.*"
+        r"If you know who made the file .*trust=\[my_package\] \(in Python: "
         r'load_teacher\(path, trust=\("my_package",\)\)'
     )
     with pytest.raises(NotAllowed, match=sentence):
@@ -423,9 +423,10 @@ def test_every_command_takes_trust(own):
     measured = python("dino.evaluate", "run=outputs/a", *quick, "trust=[my_package]", cwd=own)
     assert measured.returncode == 0 and "knn" in measured.stdout, measured.stderr
     photo = str(ROOT / "docs" / "imagenette_small.png")
-    refused = python("dino.visualize", "outputs/a", photo, cwd=own)
-    assert refused.returncode == 2 and "--trust my_package" in refused.stderr, refused.stderr
-    shown = python("dino.visualize", "outputs/a", photo, "--trust", "my_package", cwd=own)
+    drawn = ["checkpoint=outputs/a", f"images={photo}"]
+    refused = python("dino.visualize", *drawn, cwd=own)
+    assert refused.returncode == 2 and "trust=[my_package]" in refused.stderr, refused.stderr
+    shown = python("dino.visualize", *drawn, "trust=[my_package]", cwd=own)
     assert shown.returncode == 0, shown.stderr
 
 
