@@ -210,7 +210,7 @@ def submit(overrides: list[str], dry_run: bool = False, snapshot: bool = False) 
         raise Refused("sbatch refused it; nothing was submitted.") from error  # submitit has shown its words
     for number, directory in zip(submitted, wanted, strict=True):
         print(f"{number.job_id}  {directory}")
-    print(f"logs in {os.path.relpath(folder)}; python -m dino.compare {sweep.directory} shows how far they are")
+    print(f"logs in {os.path.relpath(folder)}; python -m dino.compare runs={sweep.directory} shows how far they are")
 
 
 def main() -> None:
