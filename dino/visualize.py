@@ -117,7 +117,7 @@ def folder_for(settings: Visualize) -> Path:
     return output
 
 
-def attention_rows(images: Sequence[Tensor], maps: Sequence[Tensor], mass: float | int | None) -> Iterator[Image.Image]:
+def attention_rows(images: Sequence[Tensor], maps: Sequence[Tensor], mass: float | None) -> Iterator[Image.Image]:
     """Of each image, a row of its attention; with `mass` only of the patches that hold this share of it."""
     for image, heat in zip(images, maps, strict=True):
         yield attention_row(picture_of(image), heat if mass is None else heat * mass_mask(heat, mass))

@@ -288,3 +288,29 @@ def test_a_folder_without_images_is_one_sentence_and_status_2(vit, tmp_path):
         f"{tmp_path / 'empty'} has no images; expected files that end in .jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff, "
         ".ppm, .pgm, .gif, .avif."
     ]
+
+
+def test_values_without_their_keys_are_told_them(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["visualize", "outputs/x", "size=64", "a photo.jpg"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert (stopped.value.code, capsys.readouterr().err.splitlines()) == (
+        2,
+        [
+            "outputs/x: expected key=value; write checkpoint=outputs/x.",
+            "a photo.jpg: expected key=value; write images=a photo.jpg.",
+        ],
+    )
+
+
+def test_a_lack_of_memory_is_one_sentence(vit, folder, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("dino.visualize.attention_maps", full)
+    monkeypatch.setattr(sys, "argv", ["visualize", f"checkpoint={vit}", f"images={folder}", "size=64"])
+    monkeypatch.chdir(vit.parent)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr().err
+    assert (stopped.value.code, said) == (2, "size=64: there is not enough memory; give a smaller one.\n")
