@@ -302,7 +302,7 @@ def test_what_hydra_can_read_or_nobody_can_is_left_alone(text):
 
 
 def called(main, *arguments, monkeypatch, capsys) -> str:
-    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    monkeypatch.setattr(sys, "argv", ["program", *map(quoted, arguments)])
     main()
     return capsys.readouterr().out
 

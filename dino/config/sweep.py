@@ -203,7 +203,6 @@ class NameRuns(Callback):  # type: ignore[misc]
         OmegaConf.select(config, "hydra.sweep.subdir")
 
 
-
 def _parsed(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
     """(overrides that hydra can read, those that it can't)."""
     parsed, unreadable = [], []
