@@ -528,20 +528,8 @@ def test_a_loss_that_is_not_finite_stops_all(tmp_path):
     assert final(tmp_path / "outputs" / "a")["iteration"] == 1
 
 
-class BrokenOnOne(Textures):
-    """Textures of which the second process can't read one after some time."""
-
-    reads = 0
-
-    def __getitem__(self, index):
-        BrokenOnOne.reads += 1
-        if place().rank == 1 and self.reads > 60:  # in the second epoch
-            raise OSError(f"image {index} can't be read")
-        return super().__getitem__(index)
-
-
 def test_an_exception_in_one_process_ends_all(tmp_path):
-    broken = ["dataset.train._target_=test_processes.BrokenOnOne"]
+    broken = ["dataset.train._target_=broken_on_one.BrokenOnOne"]
     status, said = together_until_done(2, *DROPPING, *broken, cwd=tmp_path, timeout=60)
     assert status == 1
     assert "can't be read" in said
