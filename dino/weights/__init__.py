@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dino.model import DinoModel
 from dino.runtime.files import write_durably
-from dino.weights.allowlist import allowed, network
+from dino.weights.allowlist import allowed
 from dino.weights.checkpoint_file import other_shapes, read_checkpoint
 from dino.weights.weightless import needs_weights, weightless
 
@@ -116,8 +116,10 @@ def checksum(weights: Mapping[str, Tensor], about: dict[str, Any]) -> str:
 
 
 def _built(config: dict[str, dict[str, Any]]) -> DinoModel:
-    backbone = network(config["backbone"])
-    return DinoModel(backbone, network(config["head"], input_dim=backbone.output_dim))
+    from dino.config.node import build_node  # loads hydra, which a loop of one's own does without
+
+    backbone = build_node(config["backbone"])
+    return DinoModel(backbone, build_node(config["head"], input_dim=backbone.output_dim))
 
 
 def _in_safetensors(path: Path) -> TeacherFile:

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from dino.runtime.annotated import annotations, fitted_or_left
 from dino.runtime.files import path_exists
 from dino.runtime.importing import dotted
 from dino.runtime.refused import Refused, shown
@@ -73,20 +72,6 @@ def allowed(group: Group, node: Any, source: str | Path, trust: str | Sequence[s
     if not trusted:
         _check_values(target, arguments, source)
     return arguments | {key: value for key, value in OFFLINE.items() if key in arguments}
-
-
-def network(node: Mapping[str, Any], **late: Any) -> Any:
-    """The network of a node that `allowed` has passed, the networks within it first. `late`: further arguments.
-
-    As build_node makes it in training: lists become tuples and ints floats as annotated, and with `_partial_: true` and
-    no late arguments it is a functools.partial.
-    """
-    make: Any = _class(node["_target_"])
-    hints = annotations(make)
-    given = {key: _made(value) for key, value in node.items() if not key.startswith("_")} | late
-    arguments = {key: fitted_or_left(value, hints.get(key, Any)) for key, value in given.items()}
-    waits = node.get("_partial_", False) is True and not late
-    return functools.partial(make, **arguments) if waits else make(**arguments)
 
 
 def _known(group: Group, target: Any) -> bool:
@@ -150,12 +135,6 @@ def _resolved(value: Any, source: str | Path, trust: Sequence[str]) -> Any:
             return allowed("backbone", value, source, trust)
         return {key: _resolved(item, source, trust) for key, item in value.items()}
     return [_resolved(item, source, trust) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _made(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return network(value) if "_target_" in value else {key: _made(item) for key, item in value.items()}
-    return [_made(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_values(target: str, arguments: Mapping[str, Any], source: str | Path) -> None:
