@@ -37,6 +37,7 @@ from dino.run.results import record, table
 from dino.run.subject import Subject, subject_of
 from dino.runtime.annotated import is_node
 from dino.runtime.device import choose_precision, default_workers, describe, use_device
+from dino.runtime.nested import value_at
 from dino.runtime.refused import Refused
 from dino.weights import load_teacher
 from dino.weights.checkpoint_file import read_checkpoint
@@ -54,23 +55,23 @@ def evaluate(config: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     Raises Refused, in sentences, for what cannot be measured.
     """
-    config = {"backbone": None, "dataset": None} | config
     if problems := list(problems_of(config)):
         raise Refused(*problems)
-    subject = subject_of(config)
-    measures = measures_of(config, subject)
+    settings = Evaluate.model_validate(config)
+    subject = subject_of(settings)
+    measures = measures_of(settings, subject)
     size, of = measures.transform.size, " and ".join(f"{len(data):,}" for data in measures.data.values())
     log.info("%s at %d pixels on %s images, by %s", subject.name, size, of, describe(measures.device))
     if not measures.labelled:
         log.info("the images have no labels: only what needs none is measured")
-    results = {"backbone": measures.of("backbone", subject.backbone, config["measures"])}
-    if config["baselines"]:
-        torch.manual_seed(config["seed"])
+    results = {"backbone": measures.of("backbone", subject.backbone, settings.measures)}
+    if settings.baselines:
+        torch.manual_seed(settings.seed)
         untrained = measures.untrained(build_node(with_random_weights(subject.node)))
-        results["untrained"] = measures.of("untrained", untrained, config["measures"])
-        results["raw_pixels"] = measures.of("raw_pixels", RawPixels(), config["measures"])
+        results["untrained"] = measures.of("untrained", untrained, settings.measures)
+        results["raw_pixels"] = measures.of("raw_pixels", RawPixels(), settings.measures)
     print(table(results), flush=True)
-    if "unsupervised" in config["measures"] and len(rows := of_checkpoints(measures, subject, config["trust"])) > 1:
+    if "unsupervised" in settings.measures and len(rows := of_checkpoints(measures, subject, settings.trust)) > 1:
         print(table(rows), preferred(rows), sep="\n", flush=True)
         results |= rows
     record(results, subject)
@@ -84,23 +85,20 @@ def problems_of(config: Mapping[str, Any]) -> Iterator[str]:
         problems.add(key, text)
     check_machine(config, problems, parameters=0)
     yield from problems.values()
-    given = [key for key in ("run", "checkpoint", "backbone") if config[key] is not None]
+    given = [key for key in ("run", "checkpoint", "backbone") if config.get(key) is not None]
     if len(given) != 1:
         got = " and ".join(given) or "none"
         yield f"run, checkpoint, backbone: expected one of them, got {got}; give run=outputs/<run>, say."
-    if given == ["backbone"] and config["dataset"] is None:
+    if given == ["backbone"] and config.get("dataset") is None:
         yield "dataset: a backbone comes with no images; give dataset=imagenette dataset.root=<folder>, say."
-    for path, node in (
-        ("backbone", config["backbone"]),
-        *((f"dataset.{split}", (config["dataset"] or {}).get(split)) for split in ("train", "val")),
-    ):
-        if is_node(node):
+    for path in ("backbone", "dataset.train", "dataset.val"):
+        if is_node(node := value_at(config, path)):
             yield from (sentence for _, sentence in misfits(path, node))
 
 
-def measures_of(config: dict[str, Any], subject: Subject) -> Measures:
+def measures_of(settings: Evaluate, subject: Subject) -> Measures:
     """As in training, down to the size at which images are kept in memory: so k-NN is that of the run's history."""
-    device, workers, dataset = use_device(config["device"]), config["num_workers"], subject.dataset
+    device, workers, dataset = use_device(settings.device), settings.num_workers, subject.dataset
     cache = dataset.get("cache", "none")
     data = cached(
         {split: build_node(dataset[split]) for split in ("train", "val")}, cache, dataset.get("cache_side"), device, 1
@@ -113,21 +111,21 @@ def measures_of(config: dict[str, Any], subject: Subject) -> Measures:
         val=data["val"],
         transform=build_node(subject.preprocessing | {"_target_": "dino.augmentation.EvalTransform"}),
         device=device,
-        precision=choose_precision(config["precision"], device),
-        batch_size=config["batch_size"],
+        precision=choose_precision(settings.precision, device),
+        batch_size=settings.batch_size,
         num_workers=default_workers(device) if workers == "auto" else workers,
     )
-    settings = MeasureSettings(
-        ks=config["ks"],
-        temperature=config["temperature"],
-        layers=config["layers"],
-        patch_mean=config["patch_mean"],
-        few_shot=config["few_shot"],
-        probe_epochs=config["probe_epochs"],
-        finetuning=Recipe(epochs=config["finetune_epochs"]),
-        seed=config["seed"],
+    of_each = MeasureSettings(
+        ks=settings.ks,
+        temperature=settings.temperature,
+        layers=settings.layers,
+        patch_mean=settings.patch_mean,
+        few_shot=settings.few_shot,
+        probe_epochs=settings.probe_epochs,
+        finetuning=Recipe(epochs=settings.finetune_epochs),
+        seed=settings.seed,
     )
-    return Measures(bench, build_node(subject.augmentation | sizes), subject.output / "features", settings)
+    return Measures(bench, build_node(subject.augmentation | sizes), subject.output / "features", of_each)
 
 
 def of_checkpoints(measures: Measures, subject: Subject, trust: Sequence[str]) -> dict[str, dict[str, float]]:

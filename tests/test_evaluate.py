@@ -18,6 +18,7 @@ from torch import nn
 
 from dino.augmentation import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
 from dino.config import CONF, compose
+from dino.config.settings import Evaluate, settings_of
 from dino.dataset.textures import Textures
 from dino.evaluate import evaluate, measures_of
 from dino.evaluator.features import Features, features_of
@@ -180,8 +181,8 @@ def test_weights_of_timms_own_are_measured_on_images_normalised_as_timm_says(tmp
     local = "+backbone.pretrained_cfg_overlay={file: weights.pth, mean: [0.5, 0.5, 0.5], std: [0.5, 0.4, 0.3]}"
 
     def transform(*more):
-        config = config_of(*overrides, *more)
-        return measures_of(config, subject_of(config)).transform
+        settings = settings_of(Evaluate, config_of(*overrides, *more))
+        return measures_of(settings, subject_of(settings)).transform
 
     of_timm = transform("backbone.pretrained=true", local)
     assert (of_timm.mean, of_timm.std) == ((0.5, 0.5, 0.5), (0.5, 0.4, 0.3))

@@ -160,11 +160,14 @@ AboveZero = Annotated[int, Field(gt=0, le=LARGEST, description="a whole number a
 MaybeAboveZero = Annotated[AboveZero | None, Field(description="a whole number above 0, or null")]
 
 
+ChosenGroup = Annotated[dict[str, Any] | None, Field(description="an option of the group, or null")]
+
+
 class Evaluate(Section):
     """conf/evaluate.yaml; the groups backbone and dataset are chosen on the command line, or are the run's."""
 
-    model_config = ConfigDict(extra="allow")
-
+    backbone: ChosenGroup = None
+    dataset: ChosenGroup = None
     run: MaybeText
     checkpoint: MaybeText
     trust: Names
