@@ -144,7 +144,7 @@ def nothing_from_elsewhere(tmp_path, monkeypatch):
 
 def composed(option: str, data) -> dict:
     overrides, _ = OPTIONS[option]
-    found = [text.replace("DATA", str(data)).replace("PLAIN", str(data.parent)) for text in overrides]
+    found = [quoted(text.replace("DATA", str(data)).replace("PLAIN", str(data.parent))) for text in overrides]
     return compose([*SMALL, *found], "train", CONF)
 
 

@@ -472,7 +472,7 @@ def test_the_program_refuses_a_directory_that_it_cannot_write_to(tmp_path):
     refused = program(*SHORT, "name=a", cwd=tmp_path)
     assert refused.returncode == 2, refused.stderr
     assert refused.stderr.count("\n") == 1
-    assert "outputs" in refused.stderr and "cannot be written to (Not a directory)" in refused.stderr
+    assert "outputs" in refused.stderr and "cannot be written to (Not a directory: " in refused.stderr
 
 
 # ---- clocks ---------------------------------------------------------------------------------------------------------

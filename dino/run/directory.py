@@ -105,10 +105,8 @@ def check_writable(directory: Path) -> None:
     """Raises Refused where `directory` could not be made or written to. Only looks."""
     there = next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        wrong = "no rights, or a read-only disk" if there.is_dir() else "it is a file"
-        raise Refused(
-            f"{directory} cannot be written to ({there}: {wrong}); make it writable, or give another hydra.run.dir="
-        )
+        wrong = "Permission denied, or a read-only disk" if there.is_dir() else f"Not a directory: {there}"
+        raise Refused(f"{directory} cannot be written to ({wrong}); make it writable, or give another hydra.run.dir=")
 
 
 def check_claim(directory: Path, config: dict[str, Any]) -> None:
