@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
@@ -18,6 +19,7 @@ def blocks(name, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_readmes_loop_and_its_parts_train_and_measure(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loop, parts, _ = blocks("README.md", "python")

@@ -67,6 +67,7 @@ def config_of(*overrides):
     return compose([*QUICK, *overrides], "evaluate", CONF)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_broken_is_left_out_of_the_figures_of_each(home, tmp_path, monkeypatch, caplog):
     shutil.copytree(home / "outputs", tmp_path / "outputs")
     monkeypatch.chdir(tmp_path)
@@ -79,6 +80,7 @@ def test_a_checkpoint_that_is_broken_is_left_out_of_the_figures_of_each(home, tm
     assert "step_000000001.pt cannot be read" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_beside_what_has_learned_nothing(home, monkeypatch, capsys):
     monkeypatch.chdir(home)
     results = evaluate(config_of("run=outputs/a", "measures=[knn,linear,logistic,few_shot,finetune,unsupervised]"))

@@ -267,6 +267,7 @@ class HangsInEvaluation(Textures):
 WORKER = "training.num_workers=1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "words"),
     [
@@ -306,6 +307,7 @@ class SlowOnce(Textures):
         return super().__getitem__(index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "signum", [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGINT, signal.SIGUSR2))]
 )

@@ -307,6 +307,7 @@ def called(main, *arguments, monkeypatch, capsys) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_awkward_names_of_folders_and_runs_do_in_every_program(data, tmp_path, monkeypatch, capsys):
     from dino import compare, evaluate, visualize
     from dino.train import main
@@ -405,6 +406,7 @@ def test_a_run_that_is_not_there_is_said_in_a_sentence(name, wrong, tmp_path, mo
 SLURM = OmegaConf.load(CONF / "hydra" / "launcher" / "slurm.yaml").launcher
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one_in"), [12, pytest.param(1, marks=[pytest.mark.soak, pytest.mark.timeout(3000)])])
 def test_a_setting_of_slurm_is_refused_naming_it_or_stands_in_the_script(one_in, tmp_path, monkeypatch, capsys):
     from launch.slurm import main

@@ -183,6 +183,7 @@ def wandb_run(path):
     return run, history
 
 
+@pytest.mark.slow
 def test_without_a_key_wandb_writes_an_offline_run_that_its_own_format_reads(tmp_path, no_account):
     directory = tmp_path / "backbone=resnet18,dataset=imagenette"
     directory.mkdir()

@@ -10,6 +10,7 @@ from test_train import TINY, program
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "features.ipynb"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["vit_tiny", pytest.param("resnet_small", marks=pytest.mark.slow)])
 def test_the_notebook_shows_what_a_run_has_learned(backbone, tmp_path, monkeypatch):
     options = [option for option in TINY if not option.startswith("backbone.")]

@@ -213,6 +213,7 @@ def uncut(made_up):
     return cut(DINOTransform(**UNCUT), made_up, each=200)
 
 
+@pytest.mark.slow
 def test_views_have_the_mean_covariance_and_gradients_of_torchvisions(uncut, sampled_from_torchvision):
     assert beyond(deviations(sample(DINOTransform(**UNCUT), uncut), sampled_from_torchvision)) == {}
 

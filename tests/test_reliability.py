@@ -175,6 +175,7 @@ class Slow(Textures):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "twice"),
     [
@@ -214,6 +215,7 @@ def test_a_signal_within_a_step_ends_the_run_in_15_seconds_of_its_end_and_a_seco
         assert f"stopped by {signum.name}; the same command resumes" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measured_before", [0, 2, 4], ids=["raw pixels", "untrained", "teacher"])
 def test_a_run_stopped_in_an_evaluation_resumes_with_it_and_ends_bit_identical(
     measured_before, tmp_path, no_pictures, monkeypatch
@@ -279,6 +281,7 @@ def test_a_signal_while_the_parts_are_built_is_not_waited_for(tmp_path, monkeypa
 # ---- checkpoints that are broken ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_whose_newest_checkpoint_is_broken_goes_on_from_the_one_before_to_the_same_end(
     unbroken, tmp_path, no_pictures, capsys
 ):
@@ -350,6 +353,7 @@ def test_a_full_disk_leaves_each_file_as_it_was_and_no_half_one(disk, what, leav
     assert files_in(disk) != before
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_fills_up_stops_with_a_sentence_and_goes_on_when_there_is_room(
     unbroken, disk, no_pictures, monkeypatch
 ):
@@ -377,6 +381,7 @@ def test_a_run_whose_disk_fills_up_stops_with_a_sentence_and_goes_on_when_there_
     assert_same_end(disk / "a", unbroken)
 
 
+@pytest.mark.slow
 def test_what_training_can_do_without_is_said_once_where_its_disk_is_full(disk, tmp_path, capsys, monkeypatch):
     """Plots, log and TensorBoard lie on a full disk."""
     monkeypatch.setattr("dino.report.write_report", lambda *_, **__: None)
@@ -467,6 +472,7 @@ def test_a_directory_of_another_user_is_one_sentence(tmp_path):
     assert "theirs/a cannot be written to (Permission denied); make it writable" in refused.stderr
 
 
+@pytest.mark.slow
 def test_the_program_refuses_a_directory_that_it_cannot_write_to(tmp_path):
     (tmp_path / "outputs").touch()
     refused = program(*SHORT, "name=a", cwd=tmp_path)

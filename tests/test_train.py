@@ -231,6 +231,7 @@ WNIDS = [
 LARGE = re.compile("resnet(34|50|101|152)|dino_vit(s8|b8|b16)|timm|kaggle_.*|image(net|nette)_(vits16|resnet18)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "option"),
     [pytest.param(*case, marks=[pytest.mark.slow] if LARGE.fullmatch(case[1]) else []) for case in OPTIONS],
@@ -275,6 +276,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_between_log_steps_nothing_asks_a_tensor_for_its_value(precision, tmp_path, monkeypatch):
     config = compose([*TINY, "training.epochs=1", "log_every_steps=5", f"precision={precision}"], "train", CONF)
@@ -387,6 +389,7 @@ def test_the_first_step_waits_for_no_measurement(tmp_path, monkeypatch):
     assert "k-NN to beat: raw pixels 10.0 %, untrained backbone 20.0 %" in (tmp_path / "run/train.log").read_text()
 
 
+@pytest.mark.slow
 def test_what_the_baselines_measure_is_the_backbone_before_the_first_step(tmp_path):
     config = compose([*TINY, "training.max_steps=12", "optimizer.lr=0.1"], "train", CONF)
     run(config, tmp_path / "run")
@@ -403,6 +406,7 @@ def test_a_report_that_fails_is_said_and_ends_nothing(tmp_path, monkeypatch):
     assert final(tmp_path / "run")["iteration"] == 1
 
 
+@pytest.mark.slow
 def test_the_same_command_again_says_that_the_run_is_finished(uninterrupted):
     directory, _ = uninterrupted
     again = program(*TINY, "name=a", cwd=directory)

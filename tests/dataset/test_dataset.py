@@ -600,6 +600,7 @@ def test_a_cache_takes_tensors_as_well():
 # All
 
 
+@pytest.mark.slow
 def test_datasets_travel_to_spawned_workers(tmp_path):
     for i in range(6):
         write(tmp_path / "ab"[i % 2] / f"{i}.png", (i, 0, 0))

@@ -88,6 +88,7 @@ def test_there_is_one_process_a_gpu(programs):
         prepared([*TINY, *wide, "training.effective_batch=64"])
 
 
+@pytest.mark.slow
 def test_everything_wrong_is_said_at_once_and_nothing_is_written(programs, tmp_path):
     wrong = ["slurm.partiton=x", "slurm.nodes=two", "slurm.hours=-1", "slurm.mem_gb=0", "+slurm.tasks=3", "seed=-1"]
     with pytest.raises(Refused) as refused:
@@ -101,6 +102,7 @@ def test_everything_wrong_is_said_at_once_and_nothing_is_written(programs, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -117,6 +119,7 @@ def test_what_cannot_be_is_refused(programs, override, sentence):
     assert sentence in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_refusal_is_a_sentence_and_status_2(tmp_path):
     command = [sys.executable, "-m", "launch.slurm", "slurm.nodes=0", "--dry-run"]
     done = subprocess.run(

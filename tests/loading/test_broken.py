@@ -76,6 +76,7 @@ def test_a_run_passes_over_a_few_broken_images_and_lists_them(tmp_path):
     assert "2 images could not be read" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_ends_where_more_than_one_percent_is_broken_and_goes_on_when_they_are_repaired(tmp_path):
     root = with_broken(tmp_path, 12, [2])
     stopped = program(*RUN, root, cwd=tmp_path)
@@ -90,6 +91,7 @@ def test_a_run_ends_where_more_than_one_percent_is_broken_and_goes_on_when_they_
     assert "resumed at step 2\n" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_list_of_files_that_changed_is_not_resumed(tmp_path):
     root = with_broken(tmp_path, 12, [2])
     assert program(*RUN, root, cwd=tmp_path).returncode == 5

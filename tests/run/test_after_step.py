@@ -232,6 +232,7 @@ def on_one_of_two(folder):
         return str(error), len(saved)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_process_stops_all_at_the_same_step(tmp_path):
     first, second = run_in_ranks(2, on_one_of_two, str(tmp_path))
     assert first == second

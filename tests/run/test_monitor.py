@@ -142,6 +142,7 @@ def in_processes():
     return states, measured(monitor, mine)
 
 
+@pytest.mark.slow
 def test_processes_have_one_answer_and_share_what_they_saw():
     (alone, one), *both = in_processes(), *run_in_ranks(2, in_processes)
     assert both[0][1] == both[1][1]

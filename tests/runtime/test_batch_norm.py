@@ -1,5 +1,6 @@
 import copy
 
+import pytest
 import torch
 from ranks import run_in_ranks
 from torch import nn
@@ -26,6 +27,7 @@ def normalised(momentum, share):
     return out.detach(), mine.grad, norm.state_dict(), norm.eval()(mine).detach()
 
 
+@pytest.mark.slow
 def test_normalises_and_counts_as_torchs_own_does_the_whole_batch():
     for momentum in (0.1, None):
         out, gradient, state, in_eval = normalised(momentum, share=False)

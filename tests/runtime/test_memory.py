@@ -42,6 +42,7 @@ print(open("/proc/self/smaps_rollup").read())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not LARGE_PAGES.exists() or "[madvise]" not in LARGE_PAGES.read_text(),
     reason="the kernel gives large pages to all, or none",
@@ -135,6 +136,7 @@ def on_one_of_two():
         return str(error)
 
 
+@pytest.mark.slow
 def test_what_is_too_much_for_one_process_is_not_waited_for_by_the_others():
     first, second = run_in_ranks(2, on_one_of_two)
     assert first == "another process is out of memory in k-NN."

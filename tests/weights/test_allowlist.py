@@ -265,6 +265,7 @@ def test_how_images_are_prepared_is_plain_numbers(here, preprocessing):
         dino.load_teacher(here)
 
 
+@pytest.mark.slow
 def test_what_a_file_says_of_how_images_are_prepared_names_no_class(here, capsys, monkeypatch):
     """`_target_` beside size, mean and std went to Hydra."""
     run = program(*TINY, "training.max_steps=1", "name=a", cwd=here)
@@ -374,6 +375,7 @@ def own_command(steps, name="a"):
     return ["--config-dir=conf", "backbone=own", *small, f"training.max_steps={steps}", f"name={name}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["teacher.safetensors", "checkpoints/step_000000002.pt"])
 def test_a_network_of_ones_own_is_loaded_with_trust_alone(own, monkeypatch, file):
     monkeypatch.chdir(own)
@@ -416,6 +418,7 @@ def test_a_network_of_ones_own_is_built_as_in_training(own, monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_every_command_takes_trust(own):
     quick = ["device=cpu", "measures=[knn]", "ks=[1]"]
     refused = python("dino.evaluate", "run=outputs/a", *quick, cwd=own)
@@ -430,6 +433,7 @@ def test_every_command_takes_trust(own):
     assert shown.returncode == 0, shown.stderr
 
 
+@pytest.mark.slow
 def test_what_the_command_names_needs_no_trust(own):
     """A resume in one's own directory, and a start from weights of the network that the command itself names."""
     again = program(*own_command(2), cwd=own)
