@@ -126,10 +126,13 @@ def uninterrupted(tmp_path_factory):
 
 def test_a_sweep_of_four_runs_finishes_and_is_not_run_again(cluster):
     sweep = [*TINY, "training.epochs=1", "seed=0,1", "optimizer.lr=1e-3,5e-4", "name=four"]
+    sweep.append("+slurm.additional_parameters.hold=true")  # else they might be through before the second command
     jobs, _ = cluster.launch(*sweep)
     assert {number.partition("_")[2] for number in jobs.values()} == {"0", "1", "2", "3"}  # one array
     _, again = cluster.launch(*sweep)
     assert again.count("has it; not submitted again") == 4
+    for directory, number in jobs.items():
+        slurm("scontrol", "release", number)
     for directory, number in jobs.items():
         finished(directory, number)
     _, again = cluster.launch(*sweep)
