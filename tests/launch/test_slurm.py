@@ -131,7 +131,7 @@ def test_a_sweep_of_four_runs_finishes_and_is_not_run_again(cluster):
     assert {number.partition("_")[2] for number in jobs.values()} == {"0", "1", "2", "3"}  # one array
     _, again = cluster.launch(*sweep)
     assert again.count("has it; not submitted again") == 4
-    for directory, number in jobs.items():
+    for number in jobs.values():
         slurm("scontrol", "release", number)
     for directory, number in jobs.items():
         finished(directory, number)
