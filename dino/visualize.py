@@ -78,8 +78,8 @@ def visualize(settings: Visualize) -> list[str]:
     if settings.foreground and not has_attention(backbone):
         raise Refused(f"foreground=true: needs attention, and {name} has none; leave it out.")
     as_trained = EvalTransform(known["size"], tuple(known["mean"]), tuple(known["std"]))
-    said: list[str] = []
-    images = read(images_in(Path(settings.images)), said)
+    notes: list[str] = []
+    images = read(images_in(Path(settings.images)), notes)
     output = folder_for(settings)
     maps, tokens = [], []
     for image in images.values():
@@ -92,20 +92,20 @@ def visualize(settings: Visualize) -> list[str]:
     if maps:
         sheets["attention"] = attention_rows([*images.values()], maps, settings.mass)
     else:
-        said.append(f"{name} has no attention: no attention maps.")
+        notes.append(f"{name} has no attention: no attention maps.")
     if tokens:
         sheets["pca"] = patch_rows([*images.values()], tokens, maps if settings.foreground else [])
     else:
-        said.append(f"{name} has no patch tokens: no PCA.")
+        notes.append(f"{name} has no patch tokens: no PCA.")
     if settings.neighbours is not None:
-        bank = read(images_in(Path(settings.neighbours)), said)
+        bank = read(images_in(Path(settings.neighbours)), notes)
         sheets["neighbours"] = neighbour_rows(backbone, images, bank, settings.k, as_trained, device)
     names = [f"{i:04d}" for i in range(1, len(images) + 1)] if settings.video else unique_names([*images])
     for kind, rows in sheets.items():
         write(kind, rows, names, output, settings)
     if sheets:
-        said.append(f"{', '.join(sheets)} of {len(names)} {'frames' if settings.video else 'images'} in {output}")
-    return said
+        notes.append(f"{', '.join(sheets)} of {len(names)} {'frames' if settings.video else 'images'} in {output}")
+    return notes
 
 
 def folder_for(settings: Visualize) -> Path:

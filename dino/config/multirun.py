@@ -52,10 +52,10 @@ def one_of_a_sweep(run: Callable[[], Any], name: str) -> Any:
             if not _shared(STOPPED).exists():  # joblib would kill the other runs where one raises an exit
                 _shared(STOPPED).write_text(str(stop.code if isinstance(stop.code, int) else 1))
         except Exception as error:
-            status, said = described(error)
+            status, sentences = described(error)
             if TRACEBACKS or status is None:
                 say([traceback.format_exc()])
-            words = " ".join(said)
+            words = " ".join(sentences)
             _note_death(name, words)
         gc.collect()  # the memory of the dead run, which the next one wants
     if _goes_by_results():

@@ -59,7 +59,7 @@ def try_parts(config: Mapping[str, Any], problems: Problems) -> int:
     # After the schedule, which names a rate or a decay of the optimizer that is wrong.
     optimizer = _made("optimizer", config, problems, late={"params": _dummy_parameters()})
     if optimizer is not None:
-        with _said_of("optimizer", config, problems):
+        with _refusals_of("optimizer", config, problems):
             optimizer.step()
     _made("evaluator", config, problems)
     for name in config["logger"] if isinstance(config.get("logger"), Mapping) else ():
@@ -86,13 +86,13 @@ def _made(
     if any(late.get(name) is None for name in sources):
         return None  # another part could not be made
     given = {name: value for name, value in late.items() if name in sources or name in node}
-    with _said_of(path, config, problems), within(), warnings.catch_warnings():
+    with _refusals_of(path, config, problems), within(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the part that is made to be used warns
         return build_node(arguments_of(path, node), **given)
 
 
 @contextlib.contextmanager
-def _said_of(path: str, config: Mapping[str, Any], problems: Problems) -> Iterator[None]:
+def _refusals_of(path: str, config: Mapping[str, Any], problems: Problems) -> Iterator[None]:
     """What a constructor refuses becomes a problem of the first key that its message names, else of the whole part."""
     try:
         yield

@@ -13,9 +13,9 @@ log = logging.getLogger(__name__)
 
 
 class LogFile(logging.FileHandler):
-    """A log file. Where it cannot be written that is said once, on the terminal, and training goes on."""
+    """A log file. Where it cannot be written, one warning on the terminal says so, and training goes on."""
 
-    said = False
+    warned = False
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -24,12 +24,12 @@ class LogFile(logging.FileHandler):
             self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if not self.said:
-            self.said = True
+        if not self.warned:
+            self.warned = True
             log.warning("%s is not written: %s", self.baseFilename, sys.exception())
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # said before
+        with contextlib.suppress(OSError):  # the warning has been given
             super().close()
 
 

@@ -165,9 +165,9 @@ def _in_checkpoint(path: Path) -> TeacherFile:
     )
 
 
-def _preprocessing(said: Any) -> dict[str, Any]:
-    """Size, mean and std of what a file says of its images. Raises ValueError for what cannot be."""
-    size, mean, std = (said[key] for key in ("size", "mean", "std"))
+def _preprocessing(given: Any) -> dict[str, Any]:
+    """Size, mean and std of the images, as a file gives them. Raises ValueError for what cannot be."""
+    size, mean, std = (given[key] for key in ("size", "mean", "std"))
     if type(size) is not int or not 1 <= size <= LARGEST_SIDE:
         raise ValueError(f"size must be 1 to {LARGEST_SIDE} pixels, got {size}")
     for name, values in (("mean", mean), ("std", std)):
