@@ -29,7 +29,6 @@ _HOME = {
     "make_teacher": "model",
     "update_teacher_EMA": "model",
     "parameter_groups": "optimizer",
-    "write_report": "report",
     "Schedule": "scheduler",
     "attention_maps": "report.attention",
     "build": "config.parts",
