@@ -38,7 +38,7 @@ from dino.run.subject import Subject, subject_of
 from dino.runtime.annotated import is_node
 from dino.runtime.device import choose_precision, default_workers, describe, use_device
 from dino.runtime.nested import value_at
-from dino.runtime.refused import Refused
+from dino.runtime.refused import Refused, first_line
 from dino.weights import load_teacher
 from dino.weights.checkpoint_file import read_checkpoint
 
@@ -135,7 +135,7 @@ def of_checkpoints(measures: Measures, subject: Subject, trust: Sequence[str]) -
         try:
             steps.append((read_checkpoint(path)["iteration"], path))
         except Exception as error:  # as in newest_checkpoint
-            log.warning("%s cannot be read (%s) and is left out", path, str(error).split("\n")[0])
+            log.warning("%s cannot be read (%s) and is left out", path, first_line(error))
     each = sorted(dict(steps).items())  # the best may be one of the others
     backbones = ((at, load_teacher(path, trust).backbone) for at, path in each)  # one at a time in memory
     return {f"step {at}": measures.of(f"step {at}", backbone, ["unsupervised"]) for at, backbone in backbones}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from dino.runtime.files import atomic_write
+from dino.runtime.refused import one_line
 
 FINISH = 300.0  # seconds to send the end of a run to W&B
 
@@ -195,7 +196,7 @@ class WandbLogger:
         except Exception as error:  # a wrong key, a server out of reach: what is raised has no common class
             warnings.warn(
                 "W&B refuses the key or cannot be reached; the run is written offline, and `wandb sync` sends it "
-                f"({type(error).__name__}: {' '.join(str(error).split())}).",
+                f"({type(error).__name__}: {one_line(error)}).",
                 stacklevel=2,
             )
             self.run = init(mode="offline")

@@ -6,6 +6,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dino.runtime.refused import one_line
+
 
 class Timm(nn.Module):
     """timm's model of that name without its classifier, pooled as timm pools it.
@@ -41,7 +43,7 @@ class Timm(nn.Module):
             if not pretrained:
                 raise
             raise FileNotFoundError(
-                f"Timm: no pretrained weights of {model_name} are to be had ({' '.join(str(error).split())[:200]}). "
+                f"Timm: no pretrained weights of {model_name} are to be had ({one_line(error)[:200]}). "
                 "Connect to a network once, or set backbone.pretrained=false."
             ) from error
         # The width of the features: some models (MobileNet-V3) have one more layer between the last map and them.

@@ -20,7 +20,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from dino.config.sweep import IN_WORKERS, Sweep
-from dino.runtime.refused import Refused
+from dino.runtime.refused import Refused, one_line
 
 DIED = ".died"  # a line for each run that died
 STOPPED = ".stopped"  # the exit status that a signal asks for; no further run starts
@@ -71,10 +71,6 @@ def described(error: Exception) -> tuple[int | None, list[str]]:
     return status, [one_line(error) if status is not None else f"{type(error).__name__}: {one_line(error)}"]
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def say(sentences: Iterable[str], by_all: bool = False) -> None:
     """On stderr, a line each; from the first of the processes that train together, for all find the same.
 
@@ -95,16 +91,14 @@ def of_a_sweep(sweep: Sweep) -> Iterator[None]:
         sweep.record()
         for left in (stopped, died):
             left.unlink(missing_ok=True)
-    status = 0
+    failed = False
     with _signals_passed_on(sweep, stopped):
         try:
             yield
         except SystemExit as ended:
             if ended.code != 1:
                 raise
-            status = (
-                1  # hydra has reported an error: the sweeper's, say, where Optuna is asked for the best of no trials
-            )
+            failed = True  # hydra has reported it: an error of the sweeper, say, when Optuna has no trial to choose
     if stopped.exists():
         sys.exit(int(stopped.read_text()))
     if not _is_first():
@@ -114,7 +108,7 @@ def of_a_sweep(sweep: Sweep) -> Iterator[None]:
     _show_table(sweep)
     if lines:
         say([*lines, f"{len(lines)} died; the same command tries again, and passes over what is finished."])
-    if lines or status:
+    if lines or failed:
         sys.exit(1)
 
 

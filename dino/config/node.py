@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from dino.runtime.annotated import Misfit, annotations, fitted, fitted_or_left, is_node
-from dino.runtime.refused import Refused, shown
+from dino.runtime.refused import Refused, one_line, shown
 
 
 def locate(name: Any) -> Callable[..., Any]:
@@ -136,7 +136,7 @@ def with_random_weights(node: dict[str, Any]) -> dict[str, Any]:
 
 def sentence(name: str, error: BaseException) -> str:
     """`Name: what the error says`, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     return text if text.startswith(name) else f"{name}: {text}"
 
 

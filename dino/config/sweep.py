@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def sweep_of(overrides: Sequence[str], config_name: str = "train", conf: Path = 
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())  # for backbone=glob(*)
         task = [*parser.parse_overrides(params), *parser.parse_overrides([str(o.input_line) for o in parsed])]
         for_hydra = [o for o in task if o.is_hydra_override()]
-        task = [*{o.get_key_element(): o for o in task if not o.is_hydra_override()}.values()]
+        task = _last_of_each(o for o in task if not o.is_hydra_override())
         for_all = [str(o.input_line) for o in for_hydra if not _is_within(o.key_or_group, OF_SWEEPS)] + unreadable
         fixed = [*for_all, *(str(o.input_line) for o in task if not o.is_sweep_override())]
         basic = str(settings.sweeper.get("_target_")).endswith("BasicSweeper")
@@ -169,7 +169,7 @@ def run_name(overrides: Sequence[str], name: str | int | None = None, only: Sequ
 
 def sweep_name(overrides: Sequence[str], params: Mapping[str, Any] | None = None) -> str:
     """The directory of a sweep below outputs/: of its overrides as they are written, those of a file included."""
-    task = _last_of_each(overrides, params)
+    task = _last_of_each(_parsed([*_of_file(params), *overrides])[0])
     named = any(o.key_or_group == "name" and not o.is_sweep_override() for o in task)
     keys = [o.get_key_element() for o in task if o.is_sweep_override() or not changes_no_result(o.key_or_group)]
     return run_name([str(o.input_line) for o in task], only=None if named or not keys else keys)
@@ -177,13 +177,13 @@ def sweep_name(overrides: Sequence[str], params: Mapping[str, Any] | None = None
 
 def swept_keys(overrides: Sequence[str], params: Mapping[str, Any] | None = None) -> list[str]:
     """The keys that have several values."""
-    return [o.get_key_element() for o in _last_of_each(overrides, params) if o.is_sweep_override()]
+    task = _last_of_each(_parsed([*_of_file(params), *overrides])[0])
+    return [o.get_key_element() for o in task if o.is_sweep_override()]
 
 
-def _last_of_each(overrides: Sequence[str], params: Mapping[str, Any] | None) -> list[Override]:
-    """The overrides and those in a file (`hydra.sweeper.params`). As in hydra, the last of a key holds, in the place of
-    the first."""
-    return [*{o.get_key_element(): o for o in _parsed([*_of_file(params), *overrides])[0]}.values()]
+def _last_of_each(overrides: Iterable[Override]) -> list[Override]:
+    """As in hydra, the last override of a key holds, in the place of the first."""
+    return [*{override.get_key_element(): override for override in overrides}.values()]
 
 
 def _of_file(params: Mapping[str, Any] | None) -> list[str]:

@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from dino.config.node import Problems, build_node
+from dino.config.node import Problems, build_node, with_random_weights
 from dino.runtime.annotated import is_node
 from dino.runtime.nested import value_at
 from dino.runtime.processes import place
-from dino.runtime.refused import shown
+from dino.runtime.refused import one_line, shown
 from dino.weights.weightless import needs_weights, weightless
 
 # Arguments that the run gives to a part, and the key that each comes from.
@@ -37,7 +37,6 @@ GIVEN_BY_THE_RUN: dict[str, dict[str, str]] = {
 # Keys of a node that its class does not take: the YAMLs of other parts read them, by interpolation.
 READ_BY_OTHERS = {"optimizer": ("final_weight_decay", "reference_batch_size")}
 
-
 BUGS = (NameError, AttributeError, SyntaxError)  # a mistake in a class, not in its values: its traceback is what helps
 
 
@@ -47,7 +46,7 @@ def try_parts(config: Mapping[str, Any], problems: Problems) -> int:
     A part of which a name or type is wrong is not tried: its constructor would say the same.
     """
     augmentation = _made("augmentation", config, problems)
-    backbone = _made("backbone", config, problems, weightless, {"pretrained": False})
+    backbone = _made("backbone", config, problems, weightless)
     if backbone is not None:
         _check_forward(backbone, config, problems)
     head = _made("head", config, problems, weightless, {"input_dim": getattr(backbone, "output_dim", None)})
@@ -85,10 +84,9 @@ def _made(
         return None
     if any(late.get(name) is None for name in sources):
         return None  # another part could not be made
-    given = {name: value for name, value in late.items() if name in sources or name in node}
     with _refusals_of(path, config, problems), within(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the part that is made to be used warns
-        return build_node(arguments_of(path, node), **given)
+        return build_node(with_random_weights(arguments_of(path, node)), **late)
 
 
 @contextlib.contextmanager
@@ -102,7 +100,7 @@ def _refusals_of(path: str, config: Mapping[str, Any], problems: Problems) -> It
         if needs_weights(error):
             return
         keys = {name: f"{path}.{name}" for name in value_at(config, path)} | GIVEN_BY_THE_RUN.get(path, {})
-        words = " ".join(str(error).split()) or type(error).__name__
+        words = one_line(error)
         named = next((word for word in re.findall(r"\w+", words) if word in keys), None)
         if named is not None:
             key = keys[named]
@@ -136,7 +134,7 @@ def _check_forward(backbone: Any, config: Mapping[str, Any], problems: Problems)
                 shape = tuple(backbone(torch.zeros(2, 3, size, size)).shape)
         except (RuntimeError, ValueError) as error:
             if not needs_weights(error):
-                problems.add(key, f"{key}={size}: the backbone takes no such images: {' '.join(str(error).split())}")
+                problems.add(key, f"{key}={size}: the backbone takes no such images: {one_line(error)}")
             continue
         if shape != (2, getattr(backbone, "output_dim", None)):
             name = type(backbone).__name__

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dino.runtime.files import atomic_write, write_durably
-from dino.runtime.refused import Refused
+from dino.runtime.refused import Refused, first_line
 from dino.runtime.sharding import full_tensor, shard_like
 from dino.weights.checkpoint_file import other_shapes, read_checkpoint
 
@@ -64,7 +64,7 @@ def load_checkpoint(
     try:
         state = read_checkpoint(Path(path))
     except Exception as error:  # zipfile and torch raise many kinds
-        raise ValueError(f"{path} cannot be read as a checkpoint ({_first_line(error)}).") from error
+        raise ValueError(f"{path} cannot be read as a checkpoint ({first_line(error)}).") from error
     try:
         restore(state, student, teacher, optimizer, loss)
     except (KeyError, ValueError) as error:
@@ -170,7 +170,7 @@ def newest_checkpoint(directory: Path) -> dict[str, Any] | None:
         try:
             return read_checkpoint(path)
         except Exception as error:
-            log.warning("%s cannot be read (%s); trying the one before.", path, _first_line(error))
+            log.warning("%s cannot be read (%s); trying the one before.", path, first_line(error))
     if paths:
         raise Refused(
             f"none of the {len(paths)} checkpoints in {directory / FOLDER} can be read; restore one from a backup, "
@@ -215,8 +215,3 @@ def _as(value: Any, parameter: Tensor) -> Any:
     """What an optimizer keeps of `parameter`: its moments are sharded as it is, its count of steps is not."""
     same = isinstance(value, Tensor) and value.shape == parameter.shape
     return shard_like(value, parameter) if same else value
-
-
-def _first_line(error: Exception) -> str:
-    """Of the message, which may be empty and then leaves the type alone to be told."""
-    return str(error).split("\n")[0] or type(error).__name__

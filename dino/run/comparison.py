@@ -14,7 +14,7 @@ import yaml
 from dino.history import History
 from dino.run.directory import CONFIG, SWEEP, State, changes_no_result, state_of
 from dino.runtime.nested import flat
-from dino.runtime.refused import Refused
+from dino.runtime.refused import Refused, first_line
 
 UNSET, UNKNOWN = "unset", ""  # of a setting: its config has no such key; nothing tells yet
 HEADINGS = {
@@ -116,14 +116,14 @@ def _read(directory: Path, overrides: list[str]) -> Run:
     except FileNotFoundError:
         run.settings = dict(map(_parsed, overrides))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        run.problems.append(f"{CONFIG} cannot be read ({_first_line(error)})")
+        run.problems.append(f"{CONFIG} cannot be read ({first_line(error).rstrip('.')})")
     try:
         _read_history(run)
     except FileNotFoundError:
         if run.state.step:
             run.problems.append("history.json is not there")
     except Exception as error:  # bytes that are no history can raise anything
-        run.problems.append(f"history.json cannot be read ({_first_line(error)})")
+        run.problems.append(f"history.json cannot be read ({first_line(error).rstrip('.')})")
     return run
 
 
@@ -285,7 +285,3 @@ def _plot(runs: Sequence[Run], names: list[str], settings: Mapping[str, list[Any
 
 def _or(value: float | int, instead: float | int) -> float | int:
     return value if math.isfinite(value) else instead
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__

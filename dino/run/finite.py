@@ -29,7 +29,7 @@ class Finite:
     """Looks at the loss and the norm of the gradient of each step.
 
     images_of: the names of the images that a step took; steps count from 1 here.
-    skip: steps of the run, at most, that may be left out; the optimizer does not take them (dino/run/run.py).
+    skip: steps of the run, at most, that may be left out; the optimizer does not take them (dino/run/parts.py).
     scaled: fp16's scaler leaves out the steps whose gradient overflows, and those are no fault.
     """
 

@@ -27,7 +27,7 @@ from dino.run.learner import Learner
 from dino.runtime.batch_norm import synchronise_batch_norm
 from dino.runtime.device import autocast_for, choose_precision, default_workers, describe, use_device
 from dino.runtime.processes import Place, barrier_refusals, broadcast_buffers, place, rank_zero_first, topology
-from dino.runtime.refused import Refused
+from dino.runtime.refused import Refused, one_line
 from dino.runtime.rng import preserve_rng, seed_all
 from dino.runtime.sharding import shard
 from dino.scheduler import Schedule
@@ -277,8 +277,9 @@ def _initialise(student: DinoModel, source: str, settings: Settings) -> None:
     except NotAllowed as refused:
         raise Refused(f"init_from={source}: {refused}") from refused
     except (RuntimeError, ValueError, FileNotFoundError) as error:
-        words = " ".join(str(error).split())
-        raise Refused(f"init_from={source}: {words[:300]}; give a run of the same backbone and head.") from error
+        raise Refused(
+            f"init_from={source}: {one_line(error)[:300]}; give a run of the same backbone and head."
+        ) from error
 
 
 def _size(module: torch.nn.Module) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 from dino.config.node import build_node
 from dino.config.settings import Evaluate, Kept, errors_in
 from dino.run.directory import CONFIG
-from dino.runtime.refused import Refused
+from dino.runtime.refused import Refused, first_line
 from dino.weights import load_teacher
 from dino.weights.allowlist import allowed
 
@@ -81,7 +81,7 @@ def from_run(path: Path, settings: Evaluate) -> dict[str, Any]:
     try:
         saved = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise Refused(f"{path} cannot be read ({str(error).splitlines()[0]}); mend it, or give checkpoint=.") from error
+        raise Refused(f"{path} cannot be read ({first_line(error)}); mend it, or give checkpoint=.") from error
     parts = [saved.get(part) or {} for part in ("dataset", "augmentation", "logger")] if isinstance(saved, dict) else []
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise Refused(f"{path}: expected the config of a run, with its dataset and augmentation; give checkpoint=.")

@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from dino.runtime.refused import Refused
+from dino.runtime.refused import Refused, first_line
 
 CONNECTED = itertools.count()
 
@@ -76,7 +76,7 @@ def processes(device: torch.device) -> Iterator[None]:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise PeerLost(
                 f"process {here.rank} of {here.world_size} lost another, which failed or was killed; the last "
-                f"checkpoint is kept, and the same command resumes from it ({str(error).splitlines()[0][:160]})"
+                f"checkpoint is kept, and the same command resumes from it ({first_line(error)[:160]})"
             ) from error
         raise
     finally:

@@ -1,4 +1,4 @@
-"""The exception of every refusal, and how a value stands in its sentence."""
+"""The exception of every refusal, and how a value or an error stands in its sentence."""
 
 from typing import Any
 
@@ -17,3 +17,13 @@ def shown(value: Any, most: int = 60) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     text = " ".join(str(value).split()) or repr(value)
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line; its type where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dino.model import DinoModel
 from dino.runtime.files import write_durably
+from dino.runtime.refused import one_line
 from dino.weights.allowlist import allowed
 from dino.weights.checkpoint_file import other_shapes, read_checkpoint
 from dino.weights.weightless import needs_weights, weightless
@@ -182,4 +183,4 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def _unfit(file: TeacherFile, error: Exception) -> ValueError:
-    return ValueError(f"{file.path}: the network that it describes cannot be built ({' '.join(str(error).split())}).")
+    return ValueError(f"{file.path}: the network that it describes cannot be built ({one_line(error)}).")
