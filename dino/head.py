@@ -1,6 +1,6 @@
 """The projection head between the backbone's features and the K outputs that student and teacher compare."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,9 @@ class DinoProjectionHead(nn.Module):
         norms = self.last_layer.parametrizations.weight.original0
         nn.init.ones_(norms)
         norms.requires_grad_(not norm_last_layer)
+
+    def compile(self, **options: Any) -> None:
+        self.mlp.compile(**options)
 
     def forward(self, features: Float[Tensor, "batch {self.input_dim}"]) -> Float[Tensor, "batch {self.output_dim}"]:
         """Logits, before any temperature or centering."""

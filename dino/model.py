@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dino.backbone.transformer import joined
 from dino.head import Factors
 from dino.runtime.sharding import full_tensor
 
@@ -42,9 +43,9 @@ class DinoModel(nn.Module):
     ):
         """Outputs of one view or of a list of views, in the order of the views: view 0's batch, view 1's, ...
 
-        A list costs one pass of the backbone for each *resolution* in it, wherever in the list its views stand, and
-        one pass of the head. So batch norm in the backbone sees the views of one resolution together, and in the
-        head all views together, as in the authors' MultiCropWrapper.
+        A list costs one pass of the backbone for each *resolution* in it, wherever in the list its views stand (one in
+        all for a backbone with `forward_sizes`), and one pass of the head. So batch norm in the backbone sees the views
+        of one resolution together, and in the head all views together, as in the authors' MultiCropWrapper.
         With return_backbone_features the answer is (features, outputs), both in that order. With factored it is the
         two factors of the outputs: what the loss takes so that the outputs are never whole.
         """
@@ -55,11 +56,12 @@ class DinoModel(nn.Module):
         for i, view in enumerate(views):
             of_size.setdefault(view.shape[-2:], []).append(i)
 
+        images = [joined([views[i] for i in indices]) for indices in of_size.values()]
+        several = getattr(self.backbone, "forward_sizes", None)
+        features_of_size = several(images) if several else [self.backbone(of_one_size) for of_one_size in images]
         features_of_view: list[Tensor] = [torch.empty(0)] * len(views)
-        for indices in of_size.values():
-            same_size = [views[i] for i in indices]
-            features = self.backbone(joined(same_size))
-            for i, part in zip(indices, features.split([len(view) for view in same_size]), strict=True):
+        for indices, of_one_size in zip(of_size.values(), features_of_size, strict=True):
+            for i, part in zip(indices, of_one_size.split([len(views[i]) for i in indices]), strict=True):
                 features_of_view[i] = part
         features = joined(features_of_view)
         if factored:
@@ -67,11 +69,6 @@ class DinoModel(nn.Module):
             return factors
         outputs: Tensor = self.projection_head(features)
         return (features, outputs) if return_backbone_features else outputs
-
-
-def joined(tensors: list[Tensor]) -> Tensor:
-    """torch.cat along the batch, without the copy where there is nothing to join."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def make_teacher(student: DinoModel) -> DinoModel:

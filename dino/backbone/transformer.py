@@ -1,10 +1,10 @@
 """What the vision transformers share: pre-norm blocks, and what is read off them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,11 +13,18 @@ from torch.utils.checkpoint import checkpoint
 FUSED_FROM, FUSED_FROM_IN_HALF = 128, 768
 
 
+# (images, tokens of each) of every image size in a batch. The tokens of all sizes lie one after another in one tensor,
+# so that a norm or a product is one operation whatever the number of sizes, and a compiled block one graph.
+Shapes = tuple[tuple[int, int], ...]
+Rows = Float[Tensor, "_ _"]
+Branch = Callable[[Tensor, Shapes], Tensor]
+
+
 class Transformer(nn.Module):
     """Blocks and a final norm behind `embed`, which a child defines: images to tokens [batch, 1 + patches, dim].
 
-    drop_path: stochastic depth of the last block, the share of a batch that skips a residual branch. It rises linearly
-        from 0 in the first block.
+    drop_path: stochastic depth of the last block, the probability that an image skips a residual branch. It rises
+        linearly from 0 in the first block.
     gradient_checkpointing: activation checkpointing: keep only the inputs of the blocks, and recompute the rest in the
         backward pass.
     """
@@ -38,9 +45,8 @@ class Transformer(nn.Module):
             raise ValueError(f"{name}: drop_path must be in [0, 1), got {drop_path}.")
         self.output_dim = hidden_dim
         self.gradient_checkpointing = gradient_checkpointing
-        self.blocks = nn.ModuleList(
-            Block(hidden_dim, heads, drop_path * i / max(1, depth - 1), eps) for i in range(depth)
-        )
+        rates = [drop_path * i / max(1, depth - 1) if drop_path else None for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(hidden_dim, heads, rate, eps) for rate in rates)
         self.norm = nn.LayerNorm(hidden_dim, eps)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -48,11 +54,14 @@ class Transformer(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch {self.output_dim}"]:
         """The CLS token after the final norm; the last block computes no other (a twelfth of ViT-S saved)."""
-        hidden = self.embed(images)
+        return self.forward_sizes([images])[0]
+
+    def forward_sizes(self, images: Sequence[Float[Tensor, "_ 3 _ _"]]) -> list[Float[Tensor, "_ {self.output_dim}"]]:
+        """`forward` of batches of several image sizes, in one pass through the blocks."""
+        rows, shapes = self._embedded(images)
         for i, block in enumerate(self.blocks, start=1):
-            hidden = self._through(block, hidden, cls_only=i == len(self.blocks))
-        normed: Tensor = self.norm(hidden[:, 0])
-        return normed
+            rows = self._through(block, rows, shapes, cls_only=i == len(self.blocks))
+        return list(self.norm(rows).split([batch for batch, _ in shapes]))
 
     def tokens(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens {self.output_dim}"]:
         """All tokens after the final norm: CLS, then the patches row by row."""
@@ -62,38 +71,48 @@ class Transformer(nn.Module):
         self, images: Float[Tensor, "batch 3 height width"], layers: int
     ) -> list[Float[Tensor, "batch tokens {self.output_dim}"]]:
         """As `tokens`, after each of the last `layers` blocks, all through the final norm; of the last block last."""
-        hidden, kept = self.embed(images), list[Tensor]()
+        (rows, shapes), kept = self._embedded([images]), list[Tensor]()
         for block in self.blocks:
-            hidden = self._through(block, hidden)
-            kept = [*kept, hidden][-layers:]
-        return [self.norm(hidden) for hidden in kept]
+            rows = self._through(block, rows, shapes)
+            kept = [*kept, rows][-layers:]
+        return [self.norm(rows).view(*shapes[0], -1) for rows in kept]
 
     def attention(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch heads tokens tokens"]:
         """Attention of the last block, from each token (a row, which sums to 1) to every token; CLS first."""
-        hidden = self.embed(images)
+        rows, shapes = self._embedded([images])
         *before, last = self.blocks
         for block in before:
-            hidden = self._through(block, hidden)
-        weights: Tensor = last.attention_weights(hidden)  # type: ignore[operator]
+            rows = self._through(block, rows, shapes)
+        weights: Tensor = last.attention_weights(rows, *shapes[0])  # type: ignore[operator]
         return weights
 
-    def _through(self, block: nn.Module, hidden: Tensor, cls_only: bool = False) -> Tensor:
+    def _embedded(self, images: Sequence[Tensor]) -> tuple[Rows, Shapes]:
+        tokens = [self.embed(of_one_size) for of_one_size in images]
+        rows = joined([of_one_size.flatten(0, 1) for of_one_size in tokens])
+        if rows.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
+            rows = rows.bfloat16()  # the residual stream: half the memory traffic, a step of ViT-S/16 is 5 % faster
+        return rows, tuple((len(of_one_size), of_one_size.shape[1]) for of_one_size in tokens)
+
+    def _through(self, block: nn.Module, rows: Rows, shapes: Shapes, cls_only: bool = False) -> Rows:
         if self.gradient_checkpointing and self.training:
-            hidden = checkpoint(block, hidden, cls_only, use_reentrant=False)
+            rows = checkpoint(block, rows, shapes, cls_only, use_reentrant=False)
         else:
-            hidden = block(hidden, cls_only)
-        return hidden
+            rows = block(rows, shapes, cls_only)
+        return rows
 
 
 class Block(nn.Module):
     """Attention, then an MLP, each behind a norm and added to the stream.
 
-    In training, stochastic depth drops a fixed number of samples per batch from each residual branch (as in DINOv2,
-    arXiv 2304.07193, Sec. 5), so that shapes are static; the branch of the others is scaled by batch / kept. Dropped
-    samples are not computed, except in a model compiled for a CPU.
+    drop_path: stochastic depth (arXiv 1603.09382): in training each residual branch is left out of an image with this
+    probability, and else scaled by 1 / (1 - drop_path). None: never. On a CPU the images left out are not computed;
+    elsewhere, and compiled, their branch is multiplied by 0: shapes stay static, and as `rate` is a buffer, all blocks
+    share one compiled graph.
     """
 
-    def __init__(self, hidden_dim: int, heads: int, drop_path: float = 0.0, eps: float = 1e-5) -> None:
+    rate: Tensor | None
+
+    def __init__(self, hidden_dim: int, heads: int, drop_path: float | None = None, eps: float = 1e-5) -> None:
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(hidden_dim, eps)
@@ -103,51 +122,84 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(hidden_dim, 4 * hidden_dim), nn.GELU(), nn.Linear(4 * hidden_dim, hidden_dim)
         )
-        self.drop_path = drop_path
+        self.drop_path = drop_path or 0.0
+        self.register_buffer("rate", None if drop_path is None else torch.tensor(drop_path), persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, hidden: Tensor, cls_only: bool = False) -> Tensor:
-        """[batch, tokens, dim] to the same; with `cls_only` to [batch, 1, dim], the first token alone."""
-        stream = hidden[:, :1] if cls_only else hidden
-        stream = self._add(stream, lambda of: self._attend(of, cls_only), hidden)
-        return self._add(stream, self._widen, stream)
+    def forward(self, rows: Rows, shapes: Shapes, cls_only: bool = False) -> Rows:
+        """The tokens of `shapes` to the same; with `cls_only` to the first token of each image alone."""
+        stream, kept = (first_tokens(rows, shapes), one_token(shapes)) if cls_only else (rows, shapes)
+        stream = self._add(stream, kept, lambda of, its: self._attend(of, its, cls_only), rows, shapes)
+        return self._add(stream, kept, lambda of, _: self._widen(of), stream, kept)
 
-    def attention_weights(self, hidden: Tensor) -> Float[Tensor, "batch heads tokens tokens"]:
-        query, key, _ = self._qkv(hidden)
+    def attention_weights(self, rows: Rows, batch: int, tokens: int) -> Float[Tensor, "batch heads tokens tokens"]:
+        query, key, _ = self._heads(self._qkv(rows), batch, tokens)
         return weights(query, key)
 
-    def _add(self, stream: Tensor, branch: Callable[[Tensor], Tensor], of: Tensor) -> Tensor:
-        batch = len(stream)
-        skip = min(round(self.drop_path * batch), batch - 1) if self.training else 0
-        if skip == 0:
-            return stream + branch(of)
-        rest, scale = torch.rand(batch, device=stream.device).argsort()[skip:], batch / (batch - skip)
-        # What the compiler writes for a CPU adds rows a number at a time, which takes longer than to compute them all.
-        if torch.compiler.is_compiling() and stream.device.type == "cpu":
-            return stream + branch(of) * torch.zeros(batch, 1, 1).index_fill(0, rest, scale)
-        added = branch(of.index_select(0, rest)).to(stream.dtype)  # the gradients of of[rest] take ten times as long
-        return stream.index_add(0, rest, added, alpha=scale)
+    def _add(self, stream: Rows, shapes: Shapes, branch: Branch, of: Rows, its: Shapes) -> Rows:
+        """`stream`, of `shapes`, with what `branch` makes of the rows `of`, which are of the shapes `its`."""
+        if self.rate is None or not self.training:
+            return stream + branch(of, its)
+        taken = [torch.rand(batch, device=stream.device) >= self.rate for batch, _ in shapes]
+        if stream.device.type == "cpu" and not torch.compiler.is_compiling():
+            some = tuple((int(take.sum()), tokens) for take, (_, tokens) in zip(taken, its, strict=True))
+            added = branch(of.index_select(0, rows_of(taken, its)), some).to(stream.dtype)
+            return stream.index_add(0, rows_of(taken, shapes), added, alpha=1 / (1 - self.drop_path))
+        scales = [
+            (take / (1 - self.rate)).repeat_interleave(tokens) for take, (_, tokens) in zip(taken, shapes, strict=True)
+        ]
+        return stream + branch(of, its) * joined(scales)[:, None].to(stream.dtype)
 
-    def _widen(self, hidden: Tensor) -> Tensor:
-        wide = recompute_inner(lambda of: self.mlp[0](self.norm2(of)), hidden)
+    def _widen(self, rows: Rows) -> Rows:
+        wide = recompute_inner(lambda of: self.mlp[0](self.norm2(of)), rows)
         return recompute_inner(lambda of: self.mlp[2](self.mlp[1](of)), wide)
 
-    def _attend(self, hidden: Tensor, cls_only: bool) -> Tensor:
-        qkv, two_products = self._qkv(hidden), explicit_attention_is_faster(hidden)
-        query, key, value = qkv.contiguous() if two_products else qkv  # else each product copies what it takes
+    def _attend(self, rows: Rows, shapes: Shapes, cls_only: bool) -> Rows:
+        of_sizes = torch.split(self._qkv(rows), [batch * tokens for batch, tokens in shapes])
+        mixed = [self._mix(qkv, batch, tokens, cls_only) for qkv, (batch, tokens) in zip(of_sizes, shapes, strict=True)]
+        added: Tensor = self.projection(joined(mixed))
+        return added
+
+    def _mix(self, qkv: Rows, batch: int, tokens: int, cls_only: bool) -> Rows:
+        two_products = explicit_attention_is_faster(qkv, tokens)
+        of_heads = self._heads(qkv, batch, tokens)
+        query, key, value = (
+            of_heads.contiguous() if two_products else of_heads
+        )  # else each product copies what it takes
         if cls_only:
             query = query[:, :, :1]
         mixed = weights(query, key) @ value if two_products else F.scaled_dot_product_attention(query, key, value)
-        added: Tensor = self.projection(mixed.transpose(1, 2).flatten(2))
-        return added
+        return mixed.transpose(1, 2).flatten(2).flatten(0, 1)
 
-    def _qkv(self, hidden: Tensor) -> Float[Tensor, "3 batch heads tokens dim"]:
+    def _qkv(self, rows: Rows) -> Rows:
+        return recompute_inner(lambda of: self.qkv(self.norm1(of)), rows)
+
+    def _heads(self, qkv: Rows, batch: int, tokens: int) -> Float[Tensor, "3 batch heads tokens dim"]:
         """Queries, keys and values."""
-        qkv = recompute_inner(lambda of: self.qkv(self.norm1(of)), hidden)
-        return qkv.view(*hidden.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return qkv.view(batch, tokens, 3, self.heads, qkv.shape[1] // (3 * self.heads)).permute(2, 0, 3, 1, 4)
+
+
+def first_tokens(rows: Rows, shapes: Shapes) -> Rows:
+    of_sizes = torch.split(rows, [batch * tokens for batch, tokens in shapes])
+    return joined([of.view(*shape, rows.shape[1])[:, 0] for of, shape in zip(of_sizes, shapes, strict=True)])
+
+
+def one_token(shapes: Shapes) -> Shapes:
+    return tuple((batch, 1) for batch, _ in shapes)
+
+
+def rows_of(taken: Sequence[Bool[Tensor, " _"]], shapes: Shapes) -> Int[Tensor, " _"]:
+    """Where the tokens of the images that are taken lie."""
+    of_tokens = [take.repeat_interleave(tokens) for take, (_, tokens) in zip(taken, shapes, strict=True)]
+    return joined(of_tokens).nonzero()[:, 0]
+
+
+def joined(tensors: list[Tensor]) -> Tensor:
+    """torch.cat, without the copy where there is nothing to join."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def recompute_inner(product_of: Callable[[Tensor], Tensor], of: Tensor) -> Tensor:
@@ -155,26 +207,27 @@ def recompute_inner(product_of: Callable[[Tensor], Tensor], of: Tensor) -> Tenso
     instead of storing its output.
 
     No product is computed twice. A block keeps a third less, and takes 1 % more time (ViT-S/16 in fp32 on a CPU). Off
-    in a compiled model, whose compiler decides for itself, and in half precision on a CPU, where it would cost 17 %.
+    in a compiled model, whose compiler decides for itself, in half precision, where it would cost 17 % on a CPU, and on
+    a GPU, which would wait for the Python that it takes.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or half_on_cpu(of):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or of.device.type != "cpu" or half_on_cpu(of):
         return product_of(of)
     out: Tensor = checkpoint(product_of, of, use_reentrant=False, preserve_rng_state=False)
     return out
 
 
-def explicit_attention_is_faster(hidden: Tensor) -> bool:
-    """Whether attention as two products and a softmax is faster than torch's fused attention for these tokens."""
-    least = FUSED_FROM_IN_HALF if half_on_cpu(hidden) and torch.is_grad_enabled() else FUSED_FROM
-    return hidden.device.type == "cpu" and hidden.shape[1] < least
+def explicit_attention_is_faster(rows: Tensor, tokens: int) -> bool:
+    """Whether attention as two products and a softmax is faster than torch's fused attention of so many tokens."""
+    least = FUSED_FROM_IN_HALF if half_on_cpu(rows) and torch.is_grad_enabled() else FUSED_FROM
+    return rows.device.type == "cpu" and tokens < least
 
 
-def half_on_cpu(hidden: Tensor) -> bool:
-    return hidden.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+def half_on_cpu(rows: Tensor) -> bool:
+    return rows.device.type == "cpu" and torch.is_autocast_enabled("cpu")
 
 
 def weights(query: Tensor, key: Tensor) -> Tensor:
     """softmax(q k' / sqrt(d)), [batch, heads, queries, keys]."""
     unused, scale = query.new_empty(()), query.shape[-1] ** -0.5  # a product that scales saves a pass over the queries
     logits = torch.baddbmm(unused, query.flatten(0, 1), key.flatten(0, 1).mT, beta=0, alpha=scale)
-    return logits.softmax(dim=-1).view(*query.shape[:3], -1)
+    return logits.softmax(dim=-1).view(*query.shape[:3], key.shape[2])

@@ -1,7 +1,6 @@
 """What this machine decides about a config: its devices, its memory, the files that it has."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,6 @@ def check_machine(config: Mapping[str, Any], problems: Problems, parameters: int
         workers = value_at(config, key)
         if isinstance(workers, int) and workers > 16 * cores:
             problems.add(key, f"{key}={workers}: far too many for {cores} cores; use auto, or at most {16 * cores}")
-    if value_at(config, "compile") is True and not any(
-        map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))
-    ):
-        problems.add(
-            "compile", "compile=true: torch.compile needs a C++ compiler, and none is installed; use compile=false"
-        )
     start = value_at(config, "init_from")
     if "init_from" not in problems and start is not None and not path_exists(start):
         problems.add("init_from", f"init_from={shown(start)}: there is no such run directory or file")

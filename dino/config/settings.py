@@ -58,6 +58,7 @@ Positive = Annotated[float, Field(gt=0, description="a finite number above 0")]
 MaybePositive = Annotated[Positive | None, Field(description="a finite number above 0, or null")]
 Fraction = Annotated[float, Field(ge=0, le=1, description="a number in [0, 1]")]
 Switch = Annotated[bool, Field(description="true or false")]
+Automatic = Annotated[bool | Literal["auto"], Field(description="auto, true or false")]
 Text = Annotated[StrictStr, Field(min_length=1)]
 MaybeText = Annotated[Text | None, Field(description="a text or null")]
 Range = Annotated[tuple[float, float], BeforeValidator(_pair), Field(description="a list of 2, each a finite number")]
@@ -136,7 +137,9 @@ class Settings(Section):
     name: Annotated[Text | int | None, Field(description="a text or null")]
     device: Device
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Field(description="auto or fp32 or bf16 or fp16")]
-    compile: Switch
+    compile: Automatic
+    graph: Automatic
+    deterministic: Switch
     init_from: MaybeText
     trust: Names
     training: Training

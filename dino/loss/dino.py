@@ -13,7 +13,9 @@ from torch.autograd.function import once_differentiable
 from dino.head import Factors
 from dino.runtime.processes import all_reduce_mean
 
-MOST_LOGITS = 2**22  # of the student at a time: 17 MB in fp32, of 65,536 prototypes and 10 views those of 6 images
+# Logits of the student at a time. On a CPU 17 MB in fp32: of 65,536 prototypes and 10 views those of 6 images. A GPU
+# wants few large kernels: those of 100 images.
+MOST_LOGITS, MOST_LOGITS_ON_A_GPU = 2**22, 2**26
 
 
 class DinoLoss(nn.Module):
@@ -61,22 +63,27 @@ class DinoLoss(nn.Module):
         self.out_dim, self.ncrops, self.n_global_crops = out_dim, ncrops, n_global_crops
         self.student_temp, self.teacher_temp, self.center_momentum = student_temp, teacher_temp, center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
+        self.cross_entropy = cross_entropy
+
+    def compile(self, **options: Any) -> None:
+        self.cross_entropy = torch.compile(cross_entropy, dynamic=False, **options)
 
     def forward(
         self,
         student: Float[Tensor, "ncrops_x_batch out_dim"] | Factors,
         teacher: Float[Tensor, "globals_x_batch out_dim"],
         *,
-        teacher_temp: float | None = None,
+        teacher_temp: float | Tensor | None = None,
         move_center: bool = True,
     ) -> Float[Tensor, ""]:
         """Logits in view order (all images of view 1, then of view 2, ...; global views first) to a scalar >= 0.
 
         The student's logits may be given as their factors (`DinoModel(views, factored=True)`). `teacher_temp`: the
-        schedule's value for this step, in (0, 1]; None: the one of the constructor. In train mode the center moves
-        after the loss, unless `move_center` is False.
+        schedule's value for this step, in (0, 1]; a tensor on the device is not looked at, so that a step in a CUDA
+        graph can change it; None: the one of the constructor. In train mode the center moves after the loss, unless
+        `move_center` is False.
         """
-        if teacher_temp is not None:
+        if isinstance(teacher_temp, float | int):
             check_temperature("teacher_temp", teacher_temp)
         outputs, weight = student if isinstance(student, Factors) else (student, None)
         images = len(outputs) // self.ncrops
@@ -108,19 +115,34 @@ class DinoLoss(nn.Module):
         of_each = all_reduce_mean(-torch.xlogy(p, p).sum(dim=-1).mean())
         return of_each / math.log(self.out_dim), -torch.xlogy(mean, mean).sum() / math.log(self.out_dim)
 
-    def _targets(
-        self, teacher: Float[Tensor, "globals images out_dim"], teacher_temp: float | None
-    ) -> Float[Tensor, "ncrops images out_dim"]:
-        """What each view is compared with: the sum of its targets, since a cross-entropy is linear in its target."""
-        p = self._probabilities(teacher, teacher_temp)
-        others = [torch.cat([p[:view], p[view + 1 :]]).sum(dim=0) for view in range(len(p))]
-        return torch.stack(others + [p.sum(dim=0)] * (self.ncrops - len(p)))
+    def _probabilities(self, teacher: Tensor, teacher_temp: float | Tensor | None) -> Tensor:
+        return probabilities(teacher, self.center, self.teacher_temp if teacher_temp is None else teacher_temp)
 
-    def _probabilities(self, teacher: Tensor, teacher_temp: float | None) -> Tensor:
-        """Centered and sharpened (Sec. 3.1)."""
-        temp = self.teacher_temp if teacher_temp is None else teacher_temp
-        p: Tensor = ((_at_least_fp32(teacher) - self.center) / temp).softmax(dim=-1)
-        return p
+
+def probabilities(teacher: Tensor, center: Tensor, teacher_temp: float | Tensor) -> Tensor:
+    """Centered and sharpened (Sec. 3.1)."""
+    p: Tensor = ((_at_least_fp32(teacher) - center) / teacher_temp).softmax(dim=-1)
+    return p
+
+
+def cross_entropy(
+    logits: Float[Tensor, "ncrops images out_dim"],
+    teacher: Float[Tensor, "globals images out_dim"],
+    center: Float[Tensor, "1 out_dim"],
+    teacher_temp: float | Tensor,
+    student_temp: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "ncrops images out_dim"]]:
+    """The sum over all images and pairs of different views, and its gradient with respect to `logits`.
+
+    A cross-entropy is linear in its target: each view is compared once, with the sum of its targets.
+    """
+    p = probabilities(teacher, center, teacher_temp)
+    others = [torch.cat([p[:view], p[view + 1 :]]).sum(dim=0) for view in range(len(p))]
+    targets = torch.stack(others + [p.sum(dim=0)] * (len(logits) - len(p)))
+    log_p = (_at_least_fp32(logits) / student_temp).log_softmax(dim=-1)
+    total = -(targets * log_p).sum()
+    of_scaled = log_p.exp_().mul_(targets.sum(dim=-1, keepdim=True)).sub_(targets)
+    return total, of_scaled.div_(student_temp).to(logits.dtype)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -136,20 +158,19 @@ class _CrossEntropy(torch.autograd.Function):
         outputs: Float[Tensor, "ncrops images _"],
         weight: Float[Tensor, "out_dim _"] | None,
         teacher: Float[Tensor, "globals images out_dim"],
-        teacher_temp: float | None,
+        teacher_temp: float | Tensor | None,
     ) -> Float[Tensor, ""]:
         of_outputs, of_weight = torch.empty_like(outputs), None if weight is None else torch.zeros_like(weight)
         total = torch.zeros((), device=outputs.device)
-        parts = math.ceil(outputs.shape[:2].numel() * loss.out_dim / MOST_LOGITS)
+        temp = loss.teacher_temp if teacher_temp is None else teacher_temp
+        most = MOST_LOGITS if outputs.device.type == "cpu" else MOST_LOGITS_ON_A_GPU
+        parts = math.ceil(outputs.shape[:2].numel() * loss.out_dim / most)
         for output, gradient, of_globals in zip(
             *(tensor.chunk(parts, dim=1) for tensor in (outputs, of_outputs, teacher)), strict=True
         ):
             logits = output if weight is None else F.linear(output, weight)
-            targets = loss._targets(of_globals, teacher_temp)
-            log_p = (_at_least_fp32(logits) / loss.student_temp).log_softmax(dim=-1)
-            total = total - (targets * log_p).sum()
-            of_scaled = log_p.exp_().mul_(targets.sum(dim=-1, keepdim=True)).sub_(targets)
-            of_logits = of_scaled.div_(loss.student_temp).to(logits.dtype)
+            of_part, of_logits = loss.cross_entropy(logits, of_globals, loss.center, temp, loss.student_temp)
+            total = total + of_part
             gradient.copy_(of_logits if weight is None else of_logits @ weight)
             if of_weight is not None:
                 of_weight.addmm_(of_logits.flatten(0, 1).T, output.flatten(0, 1))

@@ -22,11 +22,14 @@ CONFIG = "config.yaml"
 HYDRAS = ".hydra"  # what hydra writes of a command: its config, its overrides
 SWEEP = "sweep.json"  # which runs a sweep's directory has or will have, by dino.config.sweep
 
-# A resume may change these keys: they change no result.
+# A resume may change these keys: they change no result, or only its rounding.
 KEYS_FREE_TO_CHANGE = (
     "hydra",
     "name",
     "device",
+    "compile",
+    "graph",
+    "deterministic",
     "logger",
     "trust",
     "log_every_steps",

@@ -24,6 +24,7 @@ class Learner:
     schedule: the scheduled values of a step, counted from 0.
     max_norm: the norm to which each parameter's gradient is clipped.
     parallel: the student as forward passes call it: wrapped by DDP where several processes train it, else itself.
+    passes: `forward_backward`, or the CUDA graph that was made of it (dino/run/accelerate.py).
     """
 
     student: DinoModel
@@ -35,20 +36,27 @@ class Learner:
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
     parallel: nn.Module = field(init=False)
+    passes: Callable[[Sequence[Tensor], int], Distilled] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parallel = self.student
+        self.parallel, self.passes = self.student, self.forward_backward
+        self.teacher_temp = torch.zeros_like(self.loss.center[0, 0])
 
     def distil(self, views: Sequence[Tensor], teacher_temp: float, micro_batches: int = 1) -> Distilled:
-        """Forward, loss and backward of one of a step's `micro_batches` equal parts.
+        """Forward, loss and backward of one of a step's `micro_batches` equal parts: eager, compiled or captured.
 
         views: [batch, 3, size, size] each, in view order, the global ones first.
         """
+        self.teacher_temp.fill_(teacher_temp)  # on the device: a CUDA graph replays with whatever it holds
+        return self.passes(views, micro_batches)
+
+    def forward_backward(self, views: Sequence[Tensor], micro_batches: int) -> Distilled:
+        """Waits for nothing on the device and takes no decision on data, so that a CUDA graph can hold it."""
         with self.autocast(), torch.no_grad():
             features, teacher = self.teacher(views[: self.loss.n_global_crops], return_backbone_features=True)  # t1, t2
         with self.autocast():
             student = self.parallel(views, factored=True)  # s1, s2 and the local views, before the last product
-        loss = self.loss(student, teacher, teacher_temp=teacher_temp, move_center=False) / micro_batches
+        loss = self.loss(student, teacher, teacher_temp=self.teacher_temp, move_center=False) / micro_batches
         self.scaler.scale(loss).backward()
         return Distilled(loss.detach(), teacher, student, features)
 

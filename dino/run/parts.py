@@ -25,7 +25,8 @@ from dino.model import DinoModel, make_teacher
 from dino.optimizer import parameter_groups
 from dino.run.learner import Learner
 from dino.runtime.batch_norm import synchronise_batch_norm
-from dino.runtime.device import autocast_for, choose_precision, default_workers, describe, use_device
+from dino.runtime.compile import eager
+from dino.runtime.device import autocast_for, choose_kernels, choose_precision, default_workers, describe, use_device
 from dino.runtime.processes import Place, barrier_refusals, broadcast_buffers, place, rank_zero_first, topology
 from dino.runtime.refused import Refused, one_line
 from dino.runtime.rng import preserve_rng, seed_all
@@ -104,19 +105,20 @@ class Parts:
 
     def _with_data(self, measure: Callable[..., T], backbone: torch.nn.Module) -> T:
         loading = self.data.loading
-        return measure(
-            backbone,
-            self.data.train_set,
-            self.data.val_set,
-            mean=self.data.transform.mean,
-            std=self.data.transform.std,
-            device=self.device,
-            autocast=self.learner.autocast,
-            num_workers=0
-            if loading.cached_on_device
-            else loading.num_workers,  # a worker cannot reach the GPU's images
-            broken=self.data.broken,
-        )
+        with eager():
+            return measure(
+                backbone,
+                self.data.train_set,
+                self.data.val_set,
+                mean=self.data.transform.mean,
+                std=self.data.transform.std,
+                device=self.device,
+                autocast=self.learner.autocast,
+                num_workers=0
+                if loading.cached_on_device
+                else loading.num_workers,  # a worker cannot reach the GPU's images
+                broken=self.data.broken,
+            )
 
     def __str__(self) -> str:
         data, batching, backbone = self.data, self.data.batching, self.student.backbone
@@ -142,6 +144,7 @@ def assemble(config: dict[str, Any]) -> Parts:
     """Builds every part, on its device. Raises Refused, in sentences, where one can't be had."""
     settings = Settings.model_validate(config)
     device = use_device(settings.device)
+    choose_kernels(settings.deterministic, device)
     precision, here = choose_precision(settings.precision, device), place()
     words, on_this_machine = topology(device)
     data = _data(settings, device, here, on_this_machine)

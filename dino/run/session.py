@@ -14,6 +14,7 @@ from dino.loading.broken import LIST
 from dino.loading.data import Data
 from dino.loading.micro_batch import MicroBatch
 from dino.loading.sampler import StepSampler
+from dino.run.accelerate import accelerate
 from dino.run.after_step import AfterStep
 from dino.run.checkpoint import FOLDER
 from dino.run.directory import check_claim, full_disk_in_a_sentence, lock
@@ -70,10 +71,10 @@ def run(config: dict[str, Any], directory: Path, loop: Loop) -> float:
 def _train(run: Run, loop: Loop, stop: StopSignal, started: float) -> float:
     learner, steps = run.learner, run.data.steps(run.epochs.start)
     after_step = after_step_of(run, steps, stop)
-    if run.settings.compile:
-        learner.student.compile()
-        learner.teacher.compile()
-        run.data.transform.compile()
+    on_cuda = run.parts.device.type == "cuda"
+    compile, graph = (on_cuda if key == "auto" else key for key in (run.settings.compile, run.settings.graph))
+    with oom_advice(run.memory_advice()), stop.at_once():
+        accelerate(run.parts, compile, graph)
     learner.parallel = data_parallel(learner.student, run.data.batching.accumulation)
     if run.parts.place.rank < len(run.rng):
         set_rng_state(run.rng[run.parts.place.rank])

@@ -10,8 +10,8 @@ from typing import Any
 from dino.runtime.processes import place
 
 
-class Interrupted(Exception):
-    """A signal asked for the end; the checkpoint is written."""
+class Interrupted(BaseException):
+    """A signal asked for the end; the checkpoint is written. As KeyboardInterrupt, no fault that others catch."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")

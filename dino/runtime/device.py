@@ -16,6 +16,7 @@ from dino.runtime.processes import place
 from dino.runtime.refused import Refused
 
 DEVICES = r"auto|cpu|mps|cuda(:\d{1,3})?"
+FIRST_TENSOR_CORES = (7, 0)  # compute capability: V100; T4 has 7.5, the first with bf16 (A100) 8.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -49,13 +50,25 @@ def use_device(name: str = "auto") -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """auto: bf16 where the processor computes in it, else fp32."""
+    """auto: bf16 where the processor computes in it; fp16 on GPUs whose tensor cores know no other; else fp32."""
     if name != "auto":
         return name
-    has_bf16 = (
-        torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16(device)
-    )
-    return "bf16" if has_bf16 else "fp32"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "fp16" if torch.cuda.get_device_capability(device) >= FIRST_TENSOR_CORES else "fp32"
+    return "bf16" if _cpu_has_bf16(device) else "fp32"
+
+
+def choose_kernels(deterministic: bool, device: torch.device) -> None:
+    """On CUDA the fastest kernels, TF32 in fp32 products; or those whose results are the same to the bit each time."""
+    torch.use_deterministic_algorithms(deterministic)
+    if device.type != "cuda":
+        return
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses to multiply without it
+    torch.backends.cudnn.benchmark = not deterministic  # by measurement, which may choose another the next time
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = not deterministic
 
 
 def autocast_for(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
