@@ -231,3 +231,21 @@ def weights(query: Tensor, key: Tensor) -> Tensor:
     unused, scale = query.new_empty(()), query.shape[-1] ** -0.5  # a product that scales saves a pass over the queries
     logits = torch.baddbmm(unused, query.flatten(0, 1), key.flatten(0, 1).mT, beta=0, alpha=scale)
     return logits.softmax(dim=-1).view(*query.shape[:3], key.shape[2])
+
+
+def resized(positions: Float[Tensor, "1 dim _ _"], rows: int, columns: int) -> Float[Tensor, "1 dim {rows} {columns}"]:
+    """Learned positions for another grid, bicubic as F.interpolate.
+
+    Interpolation is linear and works on each axis alone, so it is a product with a matrix on either side: what
+    F.interpolate makes of the unit matrix. Unlike F.interpolate's, the gradient of a product is the same each time on a
+    GPU.
+    """
+    with torch.autocast(positions.device.type, enabled=False):
+        return of_axis(positions, rows).mT @ positions @ of_axis(positions.mT, columns)
+
+
+def of_axis(positions: Tensor, to: int) -> Float[Tensor, "_ {to}"]:
+    """What each place on the next to last axis gives to each of `to` places."""
+    places = positions.shape[-2]
+    unit = torch.eye(places, dtype=positions.dtype, device=positions.device)
+    return F.interpolate(unit[None, None], size=(places, to), mode="bicubic")[0, 0]

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dino.backbone.transformer import Transformer
+from dino.backbone.transformer import Transformer, resized
 
 if TYPE_CHECKING:
     from transformers import ViTModel
@@ -78,7 +77,7 @@ class ViT(Transformer):
         positions: Tensor = self.positions[:, 1:]
         if (rows, columns) != (grid := round(positions.shape[1] ** 0.5), grid):
             square = positions.mT.reshape(1, -1, grid, grid)
-            positions = F.interpolate(square, size=(rows, columns), mode="bicubic").flatten(2).mT
+            positions = resized(square, rows, columns).flatten(2).mT
         cls = (self.cls_token + self.positions[:, :1]).expand(len(patches), -1, -1)
         return torch.cat([cls, patches + positions], dim=1)
 

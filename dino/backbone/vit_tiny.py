@@ -1,10 +1,9 @@
 """A small vision transformer with a convolutional stem: the default run's backbone."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino.backbone.transformer import Transformer
+from dino.backbone.transformer import Transformer, resized
 
 
 class ViTTiny(Transformer):
@@ -53,7 +52,7 @@ class ViTTiny(Transformer):
         patches = self.stem(images)
         positions: Tensor = self.positions
         if positions.shape[-2:] != patches.shape[-2:]:
-            positions = F.interpolate(positions, size=patches.shape[-2:], mode="bicubic", align_corners=False)
+            positions = resized(positions, *patches.shape[-2:])
         patches = (patches + positions).flatten(2).transpose(1, 2)
         cls = (self.cls_token + self.cls_position).expand(len(images), -1, -1)
         return torch.cat([cls, patches], dim=1)

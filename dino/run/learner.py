@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dino.head import Factors
 from dino.loss.dino import DinoLoss
 from dino.model import DinoModel
 from dino.run.checkpoint import restore, training_state
@@ -58,7 +59,7 @@ class Learner:
             student = self.parallel(views, factored=True)  # s1, s2 and the local views, before the last product
         loss = self.loss(student, teacher, teacher_temp=self.teacher_temp, move_center=False) / micro_batches
         self.scaler.scale(loss).backward()
-        return Distilled(loss.detach(), teacher, student, features)
+        return Distilled(loss.detach(), teacher, Factors(*(factor.detach() for factor in student)), features)
 
     def state_dict(self) -> dict[str, Any]:
         """Whole tensors, however the student is sharded: all processes must ask."""

@@ -12,7 +12,7 @@ from torchvision.models import resnet18
 
 from dino.backbone.resnet import ResNet, SmallResNet
 from dino.backbone.timm import Timm
-from dino.backbone.transformer import FUSED_FROM, FUSED_FROM_IN_HALF, Block, weights
+from dino.backbone.transformer import FUSED_FROM, FUSED_FROM_IN_HALF, Block, resized, weights
 from dino.backbone.vit import ViT, renamed
 from dino.backbone.vit_tiny import ViTTiny
 
@@ -295,6 +295,16 @@ def test_attention_written_out_and_fused_are_one_function(tokens):
         expected = expected + block.mlp(block.norm2(expected))
         assert torch.allclose(through(block, hidden), expected, atol=1e-4)
         assert torch.allclose(through(block, hidden, cls_only=True), expected[:, :1], atol=1e-4)
+
+
+@pytest.mark.parametrize("grid, other", [((14, 14), (6, 6)), ((8, 8), (4, 9)), ((3, 3), (7, 2)), ((1, 1), (2, 2))])
+def test_positions_are_resized_as_torch_interpolates_them_with_its_gradient(grid, other):
+    positions = torch.randn(1, 5, *grid, requires_grad=True)
+    ours, torchs = resized(positions, *other), F.interpolate(positions, size=other, mode="bicubic")
+    assert torch.allclose(ours, torchs, atol=1e-5)
+    of_out = torch.randn_like(ours)
+    gradients = [torch.autograd.grad(out, positions, of_out)[0] for out in (ours, torchs)]
+    assert torch.allclose(*gradients, atol=1e-5)
 
 
 @pytest.mark.parametrize("patch_size, widths", [(4, [16, 32]), (8, [8, 16, 32]), (16, [4, 8, 16, 32])])
