@@ -29,6 +29,7 @@ import dino.train
 from benchmarks.reference import ReferenceTraining
 from dino.config import CONF, compose
 from dino.loading.micro_batch import MicroBatch
+from dino.run.accelerate import accelerate
 from dino.run.parts import Parts, assemble
 from dino.runtime.device import DTYPES, describe, peak_memory
 from dino.train import train
@@ -57,8 +58,7 @@ def contestant(name: str, overrides: Sequence[str]) -> tuple[Parts, Step]:
     if name == BARE:
         return run, lambda _, views: bare(run, views)
     if name == COMPILED:
-        run.student.compile()
-        run.teacher.compile()
+        accelerate(run, compile=True, graph=False)
 
     def ours(number: int, views: list[Tensor]) -> float:
         losses: list[Tensor] = []
@@ -192,9 +192,7 @@ def print_table(rows: dict[str, tuple[Parts, Step]], rounds: int, peaks: dict[st
     views, times = views_of(first), defaultdict[str, list[float]](list)
     for name, (run, step) in rows.items():
         for number in range(2):  # compiling takes the first; memory is found in both
-            warm = seconds(lambda: step(number, views), run.device)  # noqa: B023
-            if number == 0 and name == COMPILED:
-                print(f"The first step of '{name}' took {warm:.0f} s.\n", flush=True)
+            seconds(lambda: step(number, views), run.device)  # noqa: B023
     for number in range(2, rounds + 2):
         for name, (run, step) in rows.items():
             times[name].append(seconds(lambda: step(number, views), run.device))  # noqa: B023
