@@ -63,7 +63,11 @@ def test_ten_steps_are_those_of_the_reference(backbone):
 def test_the_reference_clips_each_gradient_as_we_do():
     torch.manual_seed(0)
     student = DinoModel(BACKBONES["resnet"](), DinoProjectionHead(64, 64, 32, 96)).double()
-    reference, teacher, loss = ReferenceTraining(student, 3, 1e-3), make_teacher(student), DinoLoss(96, ncrops=3)
+    reference, teacher, loss = (
+        ReferenceTraining(student, 3, 1e-3),
+        make_teacher(student),
+        DinoLoss(96, ncrops=3).double(),
+    )
     optimizer = torch.optim.AdamW(parameter_groups(student, student.projection_head.last_layer), eps=1.0)
     reference.optimizer = torch.optim.AdamW(reference.student.parameters(), eps=1.0)
     schedule = Schedule(epochs=1, steps_per_epoch=10, effective_batch=8, lr=1.0, weight_decay=0.0, warmup_epochs=0.0)
