@@ -1,6 +1,7 @@
 """What the vision transformers share: pre-norm blocks, and what is read off them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -240,7 +241,8 @@ def resized(positions: Float[Tensor, "1 dim _ _"], rows: int, columns: int) -> F
     F.interpolate makes of the unit matrix. Unlike F.interpolate's, the gradient of a product is the same each time on a
     GPU.
     """
-    with torch.autocast(positions.device.type, enabled=False):
+    kind = positions.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         return of_axis(positions, rows).mT @ positions @ of_axis(positions.mT, columns)
 
 
