@@ -148,7 +148,7 @@ class Block(nn.Module):
         if stream.device.type == "cpu" and not torch.compiler.is_compiling():
             some = tuple((int(take.sum()), tokens) for take, (_, tokens) in zip(taken, its, strict=True))
             added = branch(of.index_select(0, rows_of(taken, its)), some).to(stream.dtype)
-            return stream.index_add(0, rows_of(taken, shapes), added, alpha=1 / (1 - self.drop_path))
+            return stream.index_add(0, rows_of(taken, shapes), added, alpha=1 / (1 - float(self.rate)))
         scales = [
             (take / (1 - self.rate)).repeat_interleave(tokens) for take, (_, tokens) in zip(taken, shapes, strict=True)
         ]
@@ -241,8 +241,8 @@ def resized(positions: Float[Tensor, "1 dim _ _"], rows: int, columns: int) -> F
     F.interpolate makes of the unit matrix. Unlike F.interpolate's, the gradient of a product is the same each time on a
     GPU.
     """
-    kind = positions.device.type
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+    whole = nullcontext() if positions.is_meta else torch.autocast(positions.device.type, enabled=False)
+    with whole:  # not in half precision
         return of_axis(positions, rows).mT @ positions @ of_axis(positions.mT, columns)
 
 

@@ -31,8 +31,6 @@ COMMON = [
     "teacher.warmup_temp=0.03",
     "teacher.warmup_temp_epochs=1",
     "training.skip_nonfinite_steps=50",
-    "optimizer=sgd",  # not AdamW, which divides gradients by themselves: those of the keys' bias are rounding alone
-    "optimizer.lr=0.5",
     "dataset.train.images=800",
 ]
 NETWORKS = {
