@@ -14,6 +14,8 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from dino.runtime.transfer import to_device
+
 LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))  # width / height of a crop; RandomResizedCrop's default
 CHUNK = 2**23  # pixels cut together on the device: some 30 photographs, whose intermediates take about 300 MB
 
@@ -55,59 +57,70 @@ def cut(
 
 @torch.no_grad()
 def cut_together(
-    images: Sequence[UInt8[Tensor, "3 _ _"]], boxes: Int[ndarray, "batch views 5"], sizes: Sequence[int]
+    pixels: UInt8[Tensor, " bytes"],
+    starts: Int[ndarray, " batch"],
+    shapes: Int[ndarray, "batch 2"],
+    boxes: Int[ndarray, "batch views 5"],
+    sizes: Sequence[int],
 ) -> list[UInt8[Tensor, "batch 3 _ _"]]:
     """`cut` for a batch on its device: each view of all images.
+
+    `pixels` holds images one after another, each [height, width, 3]: image i has the (height, width) `shapes[i]` and
+    begins at byte `starts[i]`, a multiple of 3. There may be others between them.
 
     A resized crop is Rows · image · Columns, with the filter's weights in two matrices: zero outside the crop,
     normalised inside it, mirrored where it is. So any crops of any images are two batched products, for which GPUs are
     made. (A CPU is quicker with `cut`, which leaves out the zeros.) Equal to PIL within one grey level; in float16 a
     pixel in some thousand, at edges from black to white, is two off.
     """
-    device = images[0].device
-    views = [torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=device) for size in sizes]
-    for chunk in _of_similar_size(images):
-        padded = _padded([images[i] for i in chunk])
-        index = torch.tensor(chunk).to(device, non_blocking=True)
-        first = 0
-        for size, group in groupby(sizes):
-            last = first + len(list(group))
-            for view, pixels in zip(views[first:last], _cut(padded, boxes[chunk, first:last], size), strict=True):
-                view.index_copy_(0, index, pixels)
-            first = last
-    return views
+    device, (batch, views) = pixels.device, boxes.shape[:2]
+    order = np.lexsort(shapes.T[::-1])  # by height, then by width
+    host = np.concatenate([order[:, None], starts[order, None], shapes[order], boxes[order].reshape(batch, -1)], axis=1)
+    table = to_device(host.astype(np.int64), device)
+    groups = [(size, len(list(group))) for size, group in groupby(sizes)]
+    out = [torch.empty(count, batch, 3, size, size, dtype=torch.uint8, device=device) for size, count in groups]
+    for chunk, height, width in _of_similar_size(shapes[order]):
+        rows = table[chunk]
+        padded = _padded(pixels, rows[:, 1:4], height, width)
+        of_each = torch.split(rows[:, 4:].view(-1, views, 5), [count for _, count in groups], dim=1)
+        for whole, (size, _), some in zip(out, groups, of_each, strict=True):
+            whole.index_copy_(1, rows[:, 0], _cut(padded, some, size))
+    return [view for whole in out for view in whole.unbind()]
 
 
-def _of_similar_size(images: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Their indices in chunks that are padded to one size within CHUNK pixels; a larger image is a chunk of its own."""
-    chunk: list[int] = []
-    widest = 0
-    for i in sorted(range(len(images)), key=lambda i: tuple(images[i].shape[1:])):
-        height, width = images[i].shape[1:]  # the highest so far, as they are sorted
-        if chunk and (len(chunk) + 1) * height * max(widest, width) > CHUNK:
-            yield chunk
-            chunk, widest = [], 0
-        chunk.append(i)
-        widest = max(widest, width)
-    yield chunk
+def _of_similar_size(shapes: Int[ndarray, "batch 2"]) -> Iterator[tuple[slice, int, int]]:
+    """Chunks of images sorted by height, each with the (height, width) to which its images are padded: within CHUNK
+    pixels together; a larger image is a chunk of its own."""
+    start = 0
+    while start < len(shapes):
+        heights, widths = shapes[start:, 0], np.maximum.accumulate(shapes[start:, 1])
+        fit = np.arange(1, len(heights) + 1) * heights * widths <= CHUNK
+        count = len(fit) if fit.all() else max(1, int(fit.argmin()))
+        yield slice(start, start + count), int(heights[count - 1]), int(widths[count - 1])
+        start += count
 
 
-def _padded(images: Sequence[UInt8[Tensor, "3 _ _"]]) -> Float[Tensor, "batch 3 height width"]:
+def _padded(
+    pixels: UInt8[Tensor, " bytes"], places: Int[Tensor, "batch 3"], height: int, width: int
+) -> Float[Tensor, "batch 3 {height} {width}"]:
+    """The images at `places`, (start, height, width), by one gather. Beyond its borders an image repeats its last row
+    and column, to which no crop gives any weight."""
+    start, h, w = places[:, :, None].unbind(1)
+    y, x = (torch.arange(extent, device=pixels.device) for extent in (height, width))
+    rows, columns = start // 3 + torch.minimum(y, h - 1) * w, torch.minimum(x, w - 1)
+    found = pixels.view(-1, 3).index_select(0, (rows[:, :, None] + columns[:, None, :]).flatten())
     # float16 holds every grey level, and a weight to 1/2048 of itself: enough, and the speed of tensor cores.
-    dtype = torch.float16 if images[0].is_cuda else torch.float32
-    height, width = (max(image.shape[side] for image in images) for side in (1, 2))
-    batch = torch.zeros(len(images), 3, height, width, dtype=dtype, device=images[0].device)
-    for row, image in zip(batch, images, strict=True):
-        row[:, : image.shape[1], : image.shape[2]] = image
-    return batch
+    dtype = torch.float16 if pixels.is_cuda else torch.float32
+    batch = found.view(-1, height, width, 3).permute(0, 3, 1, 2)
+    return batch.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _cut(
-    images: Float[Tensor, "batch 3 height width"], boxes: Int[ndarray, "batch views 5"], size: int
+    images: Float[Tensor, "batch 3 height width"], boxes: Int[Tensor, "batch views 5"], size: int
 ) -> UInt8[Tensor, "views batch 3 {size} {size}"]:
     batch, views = boxes.shape[:2]
     height, width = images.shape[2:]
-    top, left, h, w, mirrored = torch.from_numpy(boxes).to(images.device, non_blocking=True).flatten(0, 1).unbind(1)
+    top, left, h, w, mirrored = boxes.flatten(0, 1).unbind(1)
     rows = filter_weights(top, h, torch.zeros_like(mirrored), size, height).to(images.dtype)
     columns = filter_weights(left, w, mirrored, size, width).to(images.dtype)
     with torch.autocast(images.device.type, enabled=False):

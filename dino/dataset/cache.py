@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,6 +21,7 @@ from dino.runtime.refused import Refused
 log = logging.getLogger(__name__)
 Where = Literal["none", "ram", "device"]
 BLOCK = 1024  # images to one tensor: few tensors to share with workers, and little memory twice while it is built
+CPU = torch.device("cpu")
 SEEN = 128  # images looked at for the estimate
 
 
@@ -45,7 +45,12 @@ class Cached(Dataset[tuple[Tensor, int]]):
     """`dataset` as uint8 tensors on `device`, their shorter side at most `shorter_side` pixels (antialiased, never
     enlarged; None: as they are). Takes 3 bytes a pixel: ImageNette's training images at 96 pixels, 0.26 GB.
 
-    A broken image raises its BrokenImage whenever it is asked for.
+    An image that is asked for is on the CPU, whatever the device: what shows, names or measures single images knows of
+    no other. A broken image raises its BrokenImage.
+
+    blocks: the pixels of `images_per_block` images each, one after another, each [height, width, 3]. In this machine's
+    memory BLOCK images, for data workers to share; elsewhere one block of all, so that one gather finds any of them.
+    starts: the byte at which each image begins, counted over all blocks.
     """
 
     def __init__(self, dataset: Images, shorter_side: int | None = None, device: torch.device | str = "cpu") -> None:
@@ -56,7 +61,6 @@ class Cached(Dataset[tuple[Tensor, int]]):
         self.broken: dict[int, BrokenImage] = {}
         self.labels = np.full(len(dataset), -1)
         self.shapes = np.zeros((len(dataset), 2), dtype=np.int64)
-        self.blocks: list[Tensor] = []
 
         def decode(index: int) -> Tensor:
             try:
@@ -69,12 +73,16 @@ class Cached(Dataset[tuple[Tensor, int]]):
             # Channels last, as decoders give it: torchvision resizes that in half the time.
             return bounded.permute(1, 2, 0).flatten()
 
+        self.blocks: list[Tensor] = []
         with ThreadPoolExecutor() as pool:  # threads are enough: decoders let go of the interpreter
             blocks = range(0, len(dataset), BLOCK)
             for start in tqdm(blocks, leave=False, unit="image", unit_scale=BLOCK, disable=None):  # None: on terminals
-                block = torch.cat(list(pool.map(decode, range(start, min(start + BLOCK, len(dataset))))))
-                self.blocks.append(block.to(self.device))
-        self.starts = [0, *accumulate(3 * height * width for height, width in self.shapes.tolist())]
+                decoded = list(pool.map(decode, range(start, min(start + BLOCK, len(dataset)))))
+                self.blocks.append(torch.cat(decoded))
+        self.images_per_block = BLOCK
+        self.starts = np.concatenate([[0], 3 * self.shapes.prod(axis=1).cumsum()])
+        if self.device.type != "cpu":
+            self.blocks, self.images_per_block = [_joined(self.blocks, self.device)], max(1, len(dataset))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,8 +91,9 @@ class Cached(Dataset[tuple[Tensor, int]]):
         index = range(len(self))[index]
         if index in self.broken:
             raise self.broken[index].with_traceback(None)
-        first = self.starts[index - index % BLOCK]
-        pixels = self.blocks[index // BLOCK][self.starts[index] - first : self.starts[index + 1] - first]
+        block, place = divmod(index, self.images_per_block)
+        first, begin, end = self.starts[[index - place, index, index + 1]].tolist()
+        pixels = self.blocks[block][begin - first : end - first].cpu()
         return pixels.view(*self.shapes[index].tolist(), 3).permute(2, 0, 1), int(self.labels[index])
 
 
@@ -97,19 +106,32 @@ def cached(
     """
     if where == "none":
         return datasets
-    device = device if where == "device" else torch.device("cpu")
-    needed = sum(estimated_bytes(dataset, shorter_side) for dataset in datasets.values())
-    copies = processes if device.type == "cpu" else 1  # a GPU is one process's own
-    images, free = sum(map(len, datasets.values())), free_memory(device)
-    if copies * needed > free:
-        side = "as they are" if shorter_side is None else f"with a shorter side of {shorter_side} pixels"
-        raise Refused(
-            f"dataset.cache={where}: {images:,} images {side} take about {_shown(needed)}"
-            f"{f' in each of {copies} processes' if copies > 1 else ''}, and {_shown(free)} are free; "
-            "lower dataset.cache_side, or use dataset.cache=none."
-        )
+    device = device if where == "device" else CPU
+    sizes = [estimated_bytes(dataset, shorter_side) for dataset in datasets.values()]
+    images, needed = sum(map(len, datasets.values())), sum(sizes)
+    # A GPU is one process's own, but each data set is decoded into this machine's memory first.
+    on_gpu = [(device, needed, 1, ""), (CPU, max(sizes), processes, " on their way to the GPU")]
+    for place, size, copies, way in [(CPU, needed, processes, "")] if device.type == "cpu" else on_gpu:
+        if copies * size > (free := free_memory(place)):
+            side = "as they are" if shorter_side is None else f"with a shorter side of {shorter_side} pixels"
+            raise Refused(
+                f"dataset.cache={where}: {images:,} images {side} take about {_shown(size)}"
+                f"{f' in each of {copies} processes' if copies > 1 else ''}{way}, and {_shown(free)} are free; "
+                "lower dataset.cache_side, or use dataset.cache=none."
+            )
     log.info("decoding %s images into memory, about %s", f"{images:,}", _shown(needed))
     return {split: Cached(dataset, shorter_side, device) for split, dataset in datasets.items()}
+
+
+def _joined(blocks: list[Tensor], device: torch.device) -> UInt8[Tensor, " bytes"]:
+    """All of them in one tensor on `device`. Empties `blocks`, so that no more than one is in memory twice."""
+    whole = torch.empty(sum(map(len, blocks)), dtype=torch.uint8, device=device)
+    end = len(whole)
+    while blocks:
+        block = blocks.pop()
+        end -= len(block)
+        whole[end : end + len(block)] = block
+    return whole
 
 
 def estimated_bytes(dataset: Images, shorter_side: int | None) -> int:

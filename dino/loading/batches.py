@@ -19,7 +19,7 @@ from dino.loading.workers import Loader
 class Steps:
     """`for step, micro_batches in Steps(...)`: one optimizer update each, of `accumulation` micro-batches.
 
-    When the loop asks for a micro-batch, its views move to the device, and photometry is done there in one batch. One
+    A micro-batch's views move to the device, and photometry is done there in one batch, when the loop asks for it. One
     loader serves all epochs: no worker starts anew between two epochs, and the first batch of an epoch is ready when
     the epoch before ends.
     `broken` fills with a sentence for each image that could not be read and was passed over.
@@ -41,7 +41,7 @@ class Steps:
         end = batching.steps_per_epoch(len(dataset)) if end is None else end
         self.sampler = StepSampler(len(dataset), batching, start, end)
         self.broken = set() if broken is None else broken
-        self.crops = crops_of(dataset, transform, loading.device_does, self.broken)
+        self.crops = crops_of(dataset, transform, loading.device_does)
         samples = Samples(self.crops, batching.seed, len(dataset))
         self.loader = Loader(
             samples,
@@ -56,18 +56,26 @@ class Steps:
         return self.sampler.end - self.sampler.start
 
     def __iter__(self) -> Iterator[tuple[int, Iterator[MicroBatch]]]:
-        batches = iter(self.loader)
+        parts = self._prepared()
         for step in range(self.sampler.start, self.sampler.end):
-            yield step, self._micro_batches(step, batches)
+            yield step, self._micro_batches(parts)
 
-    def _micro_batches(self, step: int, batches: Iterator[tuple[Any, list[str]]]) -> Iterator[MicroBatch]:
-        for part in range(self.batching.accumulation):
-            batch, broken = _next(batches)
+    def _micro_batches(self, parts: Iterator[tuple[MicroBatch, list[str]]]) -> Iterator[MicroBatch]:
+        for micro_batch, broken in itertools.islice(parts, self.batching.accumulation):
             note(broken, self.broken)
-            views, labels = self.crops.views(batch, self.device)
-            seed, start = (self.batching.seed, PHOTOMETRY, step), self.batching.position(part)
-            augmented = self.transform.augment(views, seed=seed, start=start)
-            yield MicroBatch(augmented, labels, self.batching.accumulation, last=part + 1 == self.batching.accumulation)
+            yield micro_batch
+
+    def _prepared(self) -> Iterator[tuple[MicroBatch, list[str]]]:
+        """Each micro-batch of all steps, and a sentence for each image that was passed over for it."""
+        batches, passes = iter(self.loader), self.batching.accumulation
+        for step in range(self.sampler.start, self.sampler.end):
+            for part in range(passes):
+                batch, broken = _next(batches)
+                cropped = self.crops.views(batch, self.device)
+                seed, start = (self.batching.seed, PHOTOMETRY, step), self.batching.position(part)
+                augmented = self.transform.augment(cropped.views, seed=seed, start=start)
+                micro_batch = MicroBatch(augmented, cropped.labels, passes, last=part + 1 == passes)
+                yield micro_batch, [*broken, *cropped.broken]
 
 
 class TrainLoader:

@@ -1,13 +1,11 @@
 """From the samples of a dataset to uint8 views on the device that trains: which half of it a data worker does.
 
-Four ways, of the same three methods: `load` and `collate` run in a worker, `views` where the model trains. `views`
-returns the labels beside them, [batch] on the CPU: -1 where there is none.
+Four ways, of the same three methods: `load` and `collate` run in a worker, `views` where the model trains.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,16 +18,14 @@ from dino.augmentation import DINOTransform, collate_multi_crop, image_tensor
 from dino.augmentation.crops import cut_together
 from dino.dataset.cache import Cached, Pairs
 from dino.dataset.encoded import EncodedImages, plain_jpeg, quiet
-from dino.loading.broken import first_readable, note
+from dino.loading.broken import first_readable
 
 GEOMETRY = 2  # its stream of random numbers: see dino/loading/sampler.py
 Views = list[Shaped[Tensor, "batch 3 _ _"]]  # uint8, but for a transform of one's own
 Boxes = Int[ndarray, "batch views 5"]
 Labels = Int[Tensor, " batch"]
-# Indices, labels, all that is stored, its shapes, boxes.
-Handed = tuple[tuple[int, ...], Labels, Tensor, list[tuple[int, ...]], Boxes]
-
-
+# Indices, labels, all that is stored, its shapes (of an encoded image: bytes, 1, 1), boxes.
+Handed = tuple[Int[ndarray, " batch"], Labels, Tensor, Int[ndarray, "batch 3"], Boxes]
 CPU = torch.device("cpu")
 
 
@@ -41,6 +37,14 @@ class Loading:
     num_workers: int = 0
     device_does: str = "photometry"
     cached_on_device: bool = False  # then crops are made there too, and an evaluation has no use for workers
+
+
+class Cropped(NamedTuple):
+    """A batch on the device that trains."""
+
+    views: Views
+    labels: Labels  # on the CPU, -1 where there is none
+    broken: Sequence[str] = ()  # a sentence for each image that turned out to be broken on the device
 
 
 class WorkerCrops:
@@ -56,9 +60,9 @@ class WorkerCrops:
     def collate(self, loaded: Sequence[tuple[list[Tensor], int]]) -> tuple[Views, Labels]:
         return collate_multi_crop(loaded)
 
-    def views(self, batch: tuple[Views, Labels], device: torch.device) -> tuple[Views, Labels]:
+    def views(self, batch: tuple[Views, Labels], device: torch.device) -> Cropped:
         views, labels = batch
-        return [view.to(device, non_blocking=True) for view in views], labels
+        return Cropped([view.to(device, non_blocking=True) for view in views], labels)
 
 
 class DeviceCrops:
@@ -76,25 +80,25 @@ class DeviceCrops:
         indices, labels, stored, boxes = zip(*loaded, strict=True)
         # One tensor for all: each tensor that a worker hands over costs a file descriptor, and each copy a launch.
         whole = torch.cat([one.flatten() for one in stored])
-        return indices, torch.tensor(labels), whole, [tuple(one.shape) for one in stored], np.stack(boxes)
+        shapes = np.array([one.shape if one.ndim == 3 else (len(one), 1, 1) for one in stored])
+        return np.array(indices), torch.tensor(labels), whole, shapes, np.stack(boxes)
 
-    def views(self, batch: Handed, device: torch.device) -> tuple[Views, Labels]:
+    def views(self, batch: Handed, device: torch.device) -> Cropped:
         _, labels, whole, shapes, boxes = batch
-        pieces = split(whole.to(device, non_blocking=True), shapes)
-        return cut_together([piece.permute(2, 0, 1) for piece in pieces], boxes, self.transform.sizes), labels
+        pixels = whole.to(device, non_blocking=True)
+        return Cropped(cut_together(pixels, *_places(shapes), boxes, self.transform.sizes), labels)
 
 
 class DeviceDecodes(DeviceCrops):
     """Workers read and draw the boxes; the device decodes (by nvJPEG, where it is CUDA) and crops.
 
     What is no JPEG, or one to be turned, a worker decodes. A JPEG that turns out to be broken on the device gives its
-    place to the next image, with a sentence in `broken`.
+    place to the next image.
     """
 
-    def __init__(self, dataset: EncodedImages, transform: DINOTransform, broken: set[str]) -> None:
+    def __init__(self, dataset: EncodedImages, transform: DINOTransform) -> None:
         super().__init__(dataset, transform)
         self.dataset: EncodedImages = dataset
-        self.broken = broken
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[int, int, Tensor, ndarray]:
         data = self.dataset.encoded(index)
@@ -103,31 +107,34 @@ class DeviceDecodes(DeviceCrops):
         stored = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return index, int(self.dataset.labels[index]), stored, self.transform.boxes(*shape, rng)
 
-    def views(self, batch: Handed, device: torch.device) -> tuple[Views, Labels]:
+    def views(self, batch: Handed, device: torch.device) -> Cropped:
         indices, labels, whole, shapes, boxes = batch
-        stored = split(whole, shapes)  # on the CPU: from there nvJPEG reads
-        jpegs = [i for i, shape in enumerate(shapes) if len(shape) == 1]
-        images = [one if one.ndim == 1 else one.permute(2, 0, 1).to(device, non_blocking=True) for one in stored]
+        images = split(whole, shapes)  # on the CPU: from there nvJPEG reads
+        jpegs, broken = np.flatnonzero(shapes[:, 2] == 1).tolist(), list[str]()
         try:
             from torchvision.io import ImageReadMode, decode_jpeg
 
             with quiet():
-                decoded = decode_jpeg([stored[i] for i in jpegs], ImageReadMode.RGB, device=device) if jpegs else []
+                decoded = (
+                    decode_jpeg([images[i].flatten() for i in jpegs], ImageReadMode.RGB, device=device) if jpegs else []
+                )
         except torch.OutOfMemoryError:  # a RuntimeError too, and no image's fault
             raise
         except RuntimeError:  # of one of them, and it does not say which
-            decoded = [self._one(i, indices[i], labels, boxes).to(device) for i in jpegs]
+            decoded = [self._one(i, int(indices[i]), labels, boxes, broken) for i in jpegs]
         for i, image in zip(jpegs, decoded, strict=True):
-            images[i] = image
-        return cut_together(images, boxes, self.transform.sizes), labels
+            images[i] = image.permute(1, 2, 0)
+        pixels = torch.cat([image.to(device, non_blocking=True).flatten() for image in images])
+        places = _places(np.array([image.shape for image in images]))
+        return Cropped(cut_together(pixels, *places, boxes, self.transform.sizes), labels, broken)
 
-    def _one(self, place: int, index: int, labels: Tensor, boxes: Boxes) -> Tensor:
+    def _one(self, place: int, index: int, labels: Tensor, boxes: Boxes, broken: list[str]) -> Tensor:
         """Decoded as a worker does it; label and boxes change where another image takes the place of a broken one."""
         image: Tensor
-        (image, labels[place]), broken = first_readable(self.dataset.__getitem__, index, len(self.dataset))
-        if broken:
+        (image, labels[place]), passed_over = first_readable(self.dataset.__getitem__, index, len(self.dataset))
+        if passed_over:
             boxes[place] = self.transform.boxes(image.shape[1], image.shape[2], np.random.default_rng(index))
-            note(broken, self.broken)
+            broken += passed_over
         return image
 
 
@@ -135,11 +142,11 @@ class CachedCrops:
     """The device holds the images and crops them; workers draw the boxes."""
 
     def __init__(self, dataset: Cached, transform: DINOTransform) -> None:
-        self.shapes, self.broken, self.image = dataset.shapes, dataset.broken, dataset.__getitem__
-        self.transform = transform
+        self.broken, self.labels, self.transform = dataset.broken, dataset.labels, transform
+        self.starts, self.shapes, (self.pixels,) = dataset.starts, dataset.shapes, dataset.blocks
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"image": None}  # workers need no way to the device
+        return self.__dict__ | {"pixels": None}  # workers need no way to the device
 
     def load(self, index: int, rng: np.random.Generator) -> tuple[int, ndarray]:
         if index in self.broken:
@@ -147,19 +154,20 @@ class CachedCrops:
         height, width = self.shapes[index].tolist()
         return index, self.transform.boxes(height, width, rng)
 
-    def collate(self, loaded: Sequence[tuple[int, ndarray]]) -> tuple[tuple[int, ...], Boxes]:
+    def collate(self, loaded: Sequence[tuple[int, ndarray]]) -> tuple[Int[ndarray, " batch"], Boxes]:
         indices, boxes = zip(*loaded, strict=True)
-        return indices, np.stack(boxes)
+        return np.array(indices), np.stack(boxes)
 
-    def views(self, batch: tuple[tuple[int, ...], Boxes], device: torch.device) -> tuple[Views, Labels]:
-        images, labels = zip(*map(self.image, batch[0]), strict=True)
-        return cut_together(images, batch[1], self.transform.sizes), torch.tensor(labels)
+    def views(self, batch: tuple[Int[ndarray, " batch"], Boxes], device: torch.device) -> Cropped:
+        indices, boxes = batch
+        views = cut_together(self.pixels, self.starts[indices], self.shapes[indices], boxes, self.transform.sizes)
+        return Cropped(views, torch.from_numpy(self.labels[indices]))
 
 
 Crops = WorkerCrops | DeviceCrops | DeviceDecodes | CachedCrops
 
 
-def crops_of(dataset: Pairs, transform: DINOTransform, device_does: str, broken: set[str]) -> Crops:
+def crops_of(dataset: Pairs, transform: DINOTransform, device_does: str) -> Crops:
     """`device_does`: "photometry", "crops" too, or "decode" as well, as far as `dataset` lets it: what is on a GPU
     already is cropped there, and what is decoded already is not decoded again."""
     if isinstance(dataset, Cached) and dataset.device.type != "cpu":
@@ -167,13 +175,18 @@ def crops_of(dataset: Pairs, transform: DINOTransform, device_does: str, broken:
     if device_does == "photometry":
         return WorkerCrops(dataset, transform)
     if device_does == "decode" and isinstance(dataset, EncodedImages):
-        return DeviceDecodes(dataset, transform, broken)
+        return DeviceDecodes(dataset, transform)
     return DeviceCrops(dataset, transform)
 
 
-def split(whole: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    pieces = torch.split(whole, [math.prod(shape) for shape in shapes])
-    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+def split(whole: Tensor, shapes: Int[ndarray, "batch 3"]) -> list[Tensor]:
+    pieces = torch.split(whole, shapes.prod(axis=1).tolist())
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes.tolist(), strict=True)]
+
+
+def _places(shapes: Int[ndarray, "batch 3"]) -> tuple[Int[ndarray, " batch"], Int[ndarray, "batch 2"]]:
+    """(starts, shapes) of images [height, width, 3] one after another, as `cut_together` takes them."""
+    return np.concatenate([[0], shapes.prod(axis=1).cumsum()[:-1]]), shapes[:, :2]
 
 
 class Samples(Dataset[Any]):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import RandomResizedCrop
 
 from dino.augmentation import crops
@@ -74,6 +75,13 @@ def batch(count=12, seed=0):
     return images, np.array(boxes)
 
 
+def joined(images):
+    """As `cut_together` takes images: (pixels, starts, shapes); the first begins behind another one."""
+    pixels = torch.cat([torch.full((12,), 255, dtype=torch.uint8), *(i.permute(1, 2, 0).flatten() for i in images)])
+    sizes = [image.numel() for image in images]
+    return pixels, 12 + np.cumsum([0, *sizes[:-1]]), np.array([image.shape[1:] for image in images])
+
+
 def by_pil(image, top, left, height, width, mirrored, size):
     """Columns first, then rows, each rounded to 8 bits: two resizes of PIL, one a direction."""
     crop = Image.fromarray(image.permute(1, 2, 0).numpy()).crop((left, top, left + width, top + height))
@@ -84,7 +92,7 @@ def by_pil(image, top, left, height, width, mirrored, size):
 
 def test_a_batch_cut_on_the_device_is_pils_resized_crops_within_one_grey_level():
     images, boxes = batch()
-    for number, view in enumerate(cut_together(images, boxes, SIZES)):
+    for number, view in enumerate(cut_together(*joined(images), boxes, SIZES)):
         assert view.shape == (12, 3, SIZES[number], SIZES[number]) and view.dtype == torch.uint8
         expected = torch.stack(
             [by_pil(image, *box, SIZES[number]) for image, box in zip(images, boxes[:, number].tolist())]
@@ -95,10 +103,10 @@ def test_a_batch_cut_on_the_device_is_pils_resized_crops_within_one_grey_level()
 
 def test_half_precision_as_on_a_gpu_holds_the_grey_levels(monkeypatch):
     images, boxes = batch()
-    exact = cut_together(images, boxes, SIZES)
+    exact = cut_together(*joined(images), boxes, SIZES)
     in_float32 = crops._padded
-    monkeypatch.setattr(crops, "_padded", lambda images: in_float32(images).half())
-    for view, expected in zip(cut_together(images, boxes, SIZES), exact):
+    monkeypatch.setattr(crops, "_padded", lambda *given: in_float32(*given).half())
+    for view, expected in zip(cut_together(*joined(images), boxes, SIZES), exact):
         off = (view.int() - expected.int()).abs()
         assert off.max() <= 2 and (off > 1).float().mean() < 1e-3 and (off > 0).float().mean() < 0.1
 
@@ -106,19 +114,46 @@ def test_half_precision_as_on_a_gpu_holds_the_grey_levels(monkeypatch):
 def test_the_worker_and_the_device_cut_the_same_views():
     images, boxes = batch()
     one_by_one = [torch.stack(views) for views in zip(*map(lambda i, b: cut(i, b, SIZES), images, boxes))]
-    for view, expected in zip(cut_together(images, boxes, SIZES), one_by_one):
+    for view, expected in zip(cut_together(*joined(images), boxes, SIZES), one_by_one):
         off = (view.int() - expected.int()).abs()  # torchvision's weights are of 16 bits, and rounded twice
         assert off.max() <= 2 and (off > 1).float().mean() < 1e-3 and (off > 0).float().mean() < 0.05
 
 
 def test_images_of_any_size_are_cut_in_chunks_and_come_back_in_their_order(monkeypatch):
     images, boxes = batch()
-    together = cut_together(images, boxes, SIZES)
+    together = cut_together(*joined(images), boxes, SIZES)
     monkeypatch.setattr(crops, "CHUNK", 100 * 100)  # the largest images are chunks of their own
-    chunks = list(crops._of_similar_size(images))
-    assert len(chunks) > 3 and sorted(sum(chunks, [])) == list(range(12))
-    for view, expected in zip(cut_together(images, boxes, SIZES), together):
+    shapes = np.array(sorted(tuple(image.shape[1:]) for image in images))
+    chunks = list(crops._of_similar_size(shapes))
+    assert len(chunks) > 3 and [i for chunk, _, _ in chunks for i in range(12)[chunk]] == list(range(12))
+    for chunk, height, width in chunks:
+        assert (height, width) == tuple(shapes[chunk].max(0))
+        assert len(shapes[chunk]) == 1 or len(shapes[chunk]) * height * width <= 100 * 100
+    for view, expected in zip(cut_together(*joined(images), boxes, SIZES), together):
         assert torch.equal(view, expected)
+
+
+class Operations(TorchDispatchMode):
+    """Counts them: each is a launch on a GPU, or a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_more_images_take_no_more_operations():
+    counts = []
+    for count in (2, 50):
+        images, boxes = batch(count)
+        given = joined(images)
+        with Operations() as operations:
+            cut_together(*given, boxes, SIZES)
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
 
 
 def test_each_pixel_of_a_crop_is_a_weighted_mean_of_the_crop_alone():
@@ -136,6 +171,7 @@ def test_each_pixel_of_a_crop_is_a_weighted_mean_of_the_crop_alone():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_device_cuts_what_the_cpu_cuts():
     images, boxes = batch()
-    on_cuda = cut_together([image.cuda() for image in images], boxes, SIZES)
-    for view, expected in zip(on_cuda, cut_together(images, boxes, SIZES)):
+    pixels, *places = joined(images)
+    on_cuda = cut_together(pixels.cuda(), *places, boxes, SIZES)
+    for view, expected in zip(on_cuda, cut_together(*joined(images), boxes, SIZES)):
         assert (view.cpu().int() - expected.int()).abs().max() <= 1

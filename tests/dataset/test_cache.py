@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from elsewhere import cached_elsewhere
 from PIL import Image
 
 from dino.augmentation import DINOTransform
@@ -61,6 +62,25 @@ def test_more_images_than_a_block_are_found_again(monkeypatch):
     assert BLOCK == 1024
 
 
+def test_on_a_device_all_images_are_one_tensor(monkeypatch):
+    monkeypatch.setattr(cache, "BLOCK", 4)
+    dataset = Textures("val", size=8, images=10)
+    whole = Cached(dataset, device="meta")
+    assert [(block.device.type, block.shape) for block in whole.blocks] == [("meta", (10 * 192,))]
+    monkeypatch.setattr(cache, "BLOCK", 1024)
+    decoded = [torch.full((n,), n, dtype=torch.uint8) for n in (3, 6, 9)]
+    assert torch.equal(cache._joined([*decoded], CPU), torch.cat(decoded))
+
+
+def test_an_image_of_any_device_is_handed_out_on_the_cpu(tmp_path):
+    dataset = folder(tmp_path)["train"]
+    whole = cached_elsewhere(dataset)
+    assert whole.blocks[0].device.type == "meta"
+    for index in (0, 7, -1):
+        (image, label), (expected, of_it) = whole[index], dataset[index]
+        assert image.device == CPU and torch.equal(image, expected) and label == of_it
+
+
 def test_the_estimate_is_what_the_cache_takes(tmp_path):
     datasets = folder(tmp_path)
     for dataset in datasets.values():  # all of them are looked at, for they are few
@@ -81,6 +101,22 @@ def test_what_does_not_fit_is_refused_before_it_is_decoded(monkeypatch):
         "dataset.cache=ram: 2,500 images as they are take about 7.7 MB in each of 2 processes, and 10.0 MB are free; "
         "lower dataset.cache_side, or use dataset.cache=none.",
     )
+
+
+def test_what_goes_to_a_gpu_must_fit_into_this_machines_memory_first(monkeypatch):
+    free = {"meta": 10_000_000, "cpu": 13_000_000}
+    monkeypatch.setattr(cache, "free_memory", lambda device: free[device.type])
+    monkeypatch.setattr(cache, "Cached", lambda dataset, *_: dataset)
+    datasets = {"train": Textures("train", size=32, images=2000), "val": Textures("val", size=32, images=500)}
+    meta = torch.device("meta")
+    assert cached(datasets, "device", None, meta, processes=2) == datasets
+    with pytest.raises(
+        Refused, match=r"take about 6\.1 MB in each of 3 processes on their way to the GPU, and 13\.0 MB"
+    ):
+        cached(datasets, "device", None, meta, processes=3)
+    free["meta"] = 7_000_000
+    with pytest.raises(Refused, match=r"2,500 images as they are take about 7\.7 MB, and 7\.0 MB are free"):
+        cached(datasets, "device", None, meta)
 
 
 def test_it_says_what_it_does(caplog):

@@ -56,7 +56,7 @@ def views(way, dataset=None, seed=3, keys=((0, 1), (0, 2), (4, 1))):
     some = crops(way, dataset)
     samples = Samples(some, seed, len(dataset))
     batch, broken = samples.collate([samples[key] for key in keys])
-    cut, labels = some.views(batch, torch.device("cpu"))
+    cut, labels, _ = some.views(batch, torch.device("cpu"))
     if not broken:
         assert labels.tolist() == [index for _, index in keys]  # Photos are labelled by their index
     return cut, broken
@@ -100,7 +100,7 @@ def test_steps_are_the_same_for_any_number_of_workers_and_from_any_start(way, mo
 
 def test_the_device_crops_where_it_is_told_to_or_has_the_images():
     def way(dataset, device_does):
-        return type(crops_of(dataset, TRANSFORM, device_does, set()))
+        return type(crops_of(dataset, TRANSFORM, device_does))
 
     assert way(Photos(), "photometry") is way(Cached(Photos()), "photometry") is WorkerCrops
     assert way(Photos(), "crops") is way(Photos(), "decode") is way(Cached(Photos()), "decode") is DeviceCrops
@@ -131,33 +131,35 @@ def files(tmp_path, broken=()):
 
 
 def test_what_the_device_decodes_is_what_a_worker_decodes(tmp_path):
-    dataset, broken = files(tmp_path), set()
-    some = DeviceDecodes(dataset, TRANSFORM, broken)
+    dataset = files(tmp_path)
+    some = DeviceDecodes(dataset, TRANSFORM)
     loaded = [some.load(index, np.random.default_rng(index)) for index in range(12)]
     assert [stored.ndim for _, _, stored, _ in loaded] == [3 if index in (4, 5) else 1 for index in range(12)]
     other = DeviceCrops(dataset, TRANSFORM)
     expected = other.collate([other.load(index, np.random.default_rng(index)) for index in range(12)])
-    for view, same in zip(some.views(some.collate(loaded), CPU)[0], other.views(expected, CPU)[0]):
+    views, _, broken = some.views(some.collate(loaded), CPU)
+    for view, same in zip(views, other.views(expected, CPU).views):
         assert torch.equal(view, same)
     assert not broken
 
 
 def test_a_jpeg_that_is_broken_on_the_device_gives_its_place_to_the_next(tmp_path):
-    dataset, broken = files(tmp_path, broken=(7,)), set()
+    dataset = files(tmp_path, broken=(7,))
     dataset.labels = np.arange(12)
     with pytest.raises(BrokenImage):
         dataset[7]
-    some = DeviceDecodes(dataset, TRANSFORM, broken)
+    some = DeviceDecodes(dataset, TRANSFORM)
     loaded = [some.load(index, np.random.default_rng(index)) for index in (3, 7, 9)]
     assert loaded[1][2].ndim == 1  # its header is sound
-    views, labels = some.views(some.collate(loaded), CPU)
+    views, labels, broken = some.views(some.collate(loaded), CPU)
     assert labels.tolist() == [3, 8, 9]
     assert ["07.jpg" in sentence for sentence in broken] == [True]
     pixels = dataset[8][0]
     boxes = TRANSFORM.boxes(*pixels.shape[1:], np.random.default_rng(7))
-    for view, expected in zip(views, cut_together([pixels], boxes[None], TRANSFORM.sizes)):
+    alone = pixels.permute(1, 2, 0).flatten(), np.array([0]), np.array([pixels.shape[1:]])
+    for view, expected in zip(views, cut_together(*alone, boxes[None], TRANSFORM.sizes)):
         assert torch.equal(view[1], expected[0])
-    whole, _ = some.views(some.collate([some.load(index, np.random.default_rng(index)) for index in (3, 9)]), CPU)
+    whole = some.views(some.collate([some.load(index, np.random.default_rng(index)) for index in (3, 9)]), CPU).views
     assert torch.equal(views[0][[0, 2]], whole[0])
 
 
@@ -166,7 +168,7 @@ def test_a_device_without_memory_is_no_broken_jpeg(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("torchvision.io.decode_jpeg", decode_jpeg)
-    some = DeviceDecodes(files(tmp_path), TRANSFORM, set())
+    some = DeviceDecodes(files(tmp_path), TRANSFORM)
     batch = some.collate([some.load(index, np.random.default_rng(index)) for index in (3, 7)])
     with pytest.raises(torch.OutOfMemoryError):
         some.views(batch, CPU)

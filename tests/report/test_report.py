@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from elsewhere import cached_elsewhere
 from sklearn.metrics import confusion_matrix
 
 from dino.augmentation import DINOTransform, EvalTransform
@@ -144,6 +145,14 @@ class Page(HTMLParser):
 
 def curves_in(text):
     return json.loads(re.search(r'<script type="application/json" id="curves">(.*?)</script>', text)[1])
+
+
+def test_a_report_of_images_that_lie_on_another_device_is_that_of_those_on_the_cpu(tmp_path):
+    shown = parts()
+    elsewhere = {split: cached_elsewhere(shown[split]) for split in ("train_set", "val_set")}
+    pages = [written(tmp_path, **shown | other).read_text() for other in ({}, elsewhere)]
+    pictures = [[uri for uri in Page(page).addresses if uri.startswith("data:")] for page in pages]
+    assert pictures[0] == pictures[1] and len(pictures[0]) > 20
 
 
 def test_the_report_is_one_file_that_needs_no_network_with_every_section(report):
