@@ -11,6 +11,7 @@ from dino.augmentation import DINOTransform
 from dino.dataset.cache import Pairs
 from dino.loading.broken import TooManyBroken, note
 from dino.loading.micro_batch import MicroBatch
+from dino.loading.prefetch import Prefetch, prefetch_on
 from dino.loading.sampler import PHOTOMETRY, Batching, StepSampler
 from dino.loading.views import Loading, Samples, crops_of
 from dino.loading.workers import Loader
@@ -19,7 +20,8 @@ from dino.loading.workers import Loader
 class Steps:
     """`for step, micro_batches in Steps(...)`: one optimizer update each, of `accumulation` micro-batches.
 
-    A micro-batch's views move to the device, and photometry is done there in one batch, when the loop asks for it. One
+    A micro-batch's views move to the device, and photometry is done there in one batch: when the loop asks for it, or
+    on CUDA while the micro-batch before it trains. One
     loader serves all epochs: no worker starts anew between two epochs, and the first batch of an epoch is ready when
     the epoch before ends.
     `broken` fills with a sentence for each image that could not be read and was passed over.
@@ -51,12 +53,13 @@ class Steps:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else starting the loader would draw from the run's own generator
         )
+        self.prefetch: Prefetch[tuple[MicroBatch, list[str]]] = prefetch_on(self.device)
 
     def __len__(self) -> int:
         return self.sampler.end - self.sampler.start
 
     def __iter__(self) -> Iterator[tuple[int, Iterator[MicroBatch]]]:
-        parts = self._prepared()
+        parts = self.prefetch(self._prepared())
         for step in range(self.sampler.start, self.sampler.end):
             yield step, self._micro_batches(parts)
 
