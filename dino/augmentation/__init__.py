@@ -151,7 +151,7 @@ class DINOTransform:
         scale = np.array([[self._blur_scale(size)] for size in self.sizes])
         whole = Draws(
             jitter=jitter < self.jitter_probability,
-            order=ORDERS[(order * len(ORDERS)).astype(int)],
+            order=ORDERS.take((order * len(ORDERS)).astype(int), axis=0),
             factors=self._lowest_factor + np.stack(factors, -1) * (self._highest_factor - self._lowest_factor),
             gray=gray < self.gray_probability,
             blur=blur < self._blur_probability,

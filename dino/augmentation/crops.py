@@ -25,9 +25,10 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) as RandomResizedCrop draws it: area uniform in `scale`, log-uniform ratio; after ten
     draws that do not fit, the largest central crop of an admissible ratio."""
-    for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(*LOG_RATIO))
+    (smallest, largest), (lowest, highest) = scale, LOG_RATIO
+    for _ in range(10):  # `random` needs a third of the time of `uniform`, which is the same numbers
+        area = height * width * (smallest + (largest - smallest) * rng.random())
+        ratio = math.exp(lowest + (highest - lowest) * rng.random())
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w

@@ -21,10 +21,13 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from numpy import ndarray
 from torch import Tensor
 
+from dino.runtime.transfer import to_device
+
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = np.array(list(permutations(range(4))))  # the 24 orders in which ColorJitter may take its four operations
 PROGRAM = ["BCSH".index(step) for step in "BSBCBSBHBSBCBSBS"]  # the last is gray: a saturation of 0
 STEPS = len(PROGRAM)
+PLACES = np.array([64, 16, 4, 1])  # an order as a number to base 4
 UNCHANGED = [0.0 if operation == HUE else 1.0 for operation in PROGRAM]  # the neutral factors
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights (ITU-R 601, which sum to .9999 here as there)
 SOLARIZE_THRESHOLD = 128 / 255  # PIL.ImageOps.solarize's default, on its scale of 0..255
@@ -65,8 +68,9 @@ def augment(
     samples, size = len(images), images.shape[-1]
     radius = min(math.ceil(3 * max_sigma), size - 1)  # there is nothing to reflect beyond
     factors, weights, solarized = program_factors(draws), blur_weights(draws, radius), draws.solarize.ravel()
-    host = torch.from_numpy(np.c_[factors, weights, solarized].astype(np.float32))
-    values = host.to(images.device, non_blocking=True)
+    host = np.empty((samples, STEPS + 2 * radius + 2), dtype=np.float32)
+    host[:, :STEPS], host[:, STEPS:-1], host[:, -1] = factors, weights, solarized
+    values = to_device(host, images.device)
     run, every = (_compiled() if compiled else run_program), range(STEPS)
     if images.device.type != "cpu":
         return run(images, values, every, radius, True, mean, std)
@@ -97,23 +101,35 @@ def program_factors(draws: Draws) -> Float[ndarray, "samples steps"]:
     """Each sample's factor at each step of PROGRAM: an operation goes to the first step of its kind after the last."""
     factors = np.tile(UNCHANGED, (draws.jitter.size, 1))
     rows = np.flatnonzero(draws.jitter)
-    order, drawn = draws.order.reshape(-1, 4)[rows], draws.factors.reshape(-1, 4)[rows]
-    ahead = np.equal.outer(np.arange(4), PROGRAM)[order]  # [sample, operation, step]: where it may still go
-    for place, operation in enumerate(order.T):
-        step = ahead[:, place].argmax(1)
-        factors[rows, step] = drawn[np.arange(len(rows)), operation]
-        ahead &= np.arange(STEPS) > step[:, None, None]
+    # Rows by `take`, which needs a tenth of the time of an index in brackets.
+    steps = _steps_of_orders().take(draws.order.reshape(-1, 4).take(rows, axis=0) @ PLACES, axis=0)
+    factors.reshape(-1)[steps + STEPS * rows[:, None]] = draws.factors.reshape(-1, 4).take(rows, axis=0)
     factors[draws.gray.ravel(), -1] = 0
     return factors
+
+
+@cache
+def _steps_of_orders() -> Int[ndarray, "numbers 4"]:
+    """[order @ PLACES, operation]: the step of PROGRAM at which it takes place in that order."""
+    found = np.zeros((4**4, 4), dtype=np.int64)
+    for order in ORDERS.tolist():
+        step = -1
+        for operation in order:
+            step = PROGRAM.index(operation, step + 1)
+            found[order @ PLACES, operation] = step
+    return found
 
 
 def blur_weights(draws: Draws, radius: int) -> Float[ndarray, "samples taps"]:
     """Gaussian of 2 · radius + 1 taps as torchvision's; a single 1 in the middle where there is no blur. (PIL's
     GaussianBlur, which the authors use, approximates this Gaussian by three box filters.)"""
-    offsets = np.arange(-radius, radius + 1)
-    sigma = np.where(draws.blur, draws.sigma, 1e-3).reshape(-1, 1)
-    weights: ndarray = np.exp(-0.5 * (offsets / sigma) ** 2)
-    weights /= weights.sum(1, keepdims=True)
+    weights = np.zeros((draws.blur.size, 2 * radius + 1))
+    weights[:, radius] = 1
+    rows = np.flatnonzero(draws.blur)
+    sigma = draws.sigma.reshape(-1, 1).take(rows, axis=0)
+    half = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
+    blurred = np.concatenate([half[:, :0:-1], half], axis=1)
+    weights[rows] = blurred / blurred.sum(1, keepdims=True)
     return weights
 
 
