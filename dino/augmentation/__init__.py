@@ -1,8 +1,8 @@
 """Multi-crop augmentation (DINO, arXiv 2104.14294, Sec. 3.1 and 3.2) in two halves, each usable alone.
 
 `crop` is the geometry: in the data worker, from one decoded image to uint8 views (or for a batch on the device that
-trains: crops.py). `augment` is the photometry: batched, on whatever device the views are on. `transform(image)` is the
-one applied to the other.
+trains: resampling.py). `augment` is the photometry: batched, on whatever device the views are on. `transform(image)` is
+the one applied to the other.
 """
 
 import math
@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 from dino.augmentation.crops import crop_box, cut, resize
 from dino.augmentation.photometry import ORDERS, Draws, augment
+from dino.augmentation.resampling import resize_together
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -183,8 +184,20 @@ class EvalTransform:
         image = image_tensor(image)
         if image.shape[1:] == (self.size, self.size):
             return image.contiguous()
-        centre: Tensor = F.center_crop(resize(image, [round(self.size * 256 / 224)]), [self.size, self.size])
+        centre: Tensor = F.center_crop(resize(image, [self._shorter_side]), [self.size, self.size])
         return centre.contiguous()
+
+    @property
+    def _shorter_side(self) -> int:
+        return round(self.size * 256 / 224)
+
+    def of_batch(
+        self, pixels: UInt8[Tensor, " bytes"], starts: Int[ndarray, " batch"], shapes: Int[ndarray, "batch 2"]
+    ) -> UInt8[Tensor, "batch 3 {self.size} {self.size}"]:
+        """The views of many images that lie in one tensor, as `cut_together` takes them, made on its device at once."""
+        resized = shapes * self._shorter_side // shapes.min(axis=1, keepdims=True)
+        right = (shapes == self.size).all(axis=1, keepdims=True)
+        return resize_together(pixels, starts, shapes, np.where(right, shapes, resized), self.size)
 
     def normalise(self, images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
         """Batched and on the images' device, as the training views are."""

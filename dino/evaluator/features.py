@@ -9,15 +9,16 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, Subset, default_collate
 from tqdm import tqdm
 
 from dino.augmentation import EvalTransform
-from dino.dataset.cache import Pairs
+from dino.dataset.cache import Cached, Pairs
 from dino.loading.broken import first_readable, note
 from dino.loading.workers import Loader
 from dino.model import teacher_mode
@@ -70,30 +71,72 @@ def features_of(
     """
     broken = set() if broken is None else broken
     rows, labels = [], []
+    prepared = batches(data, transform, batch_size, device, num_workers)
     with frozen(network):
         for images, targets, sentences in tqdm(
-            batches(data, transform, batch_size, num_workers), desc=bar, unit="batch", disable=bar is None
+            prepared, desc=bar, unit="batch", total=-(-len(data) // batch_size), disable=bar is None
         ):
             with autocast():
-                out = network(transform.normalise(images.to(device, non_blocking=True)))
+                out = network(transform.normalise(images))
             rows.append(out.float())
-            labels.append(targets.to(device))
+            labels.append(targets.to(device, non_blocking=True))
             note(sentences, broken)
     return Features(torch.cat(rows), torch.cat(labels))
 
 
 def batches(
-    data: Pairs, transform: EvalTransform, batch_size: int, num_workers: int = 0, shuffle: bool = False
-) -> DataLoader[Any]:
-    """(uint8 images, labels, a sentence for each that could not be read)."""
-    return Loader(
+    data: Pairs,
+    transform: EvalTransform,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    num_workers: int = 0,
+    shuffle: bool = False,
+) -> Iterator[tuple[UInt8[Tensor, "batch 3 _ _"], Int[Tensor, " batch"], list[str]]]:
+    """(images on `device`, labels, a sentence for each image that could not be read).
+
+    Images that a GPU holds are prepared there, a batch at once; all others one by one, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(0)  # the caller's own generator stays where it is
+    if (held := _held_elsewhere(data)) is not None:
+        order = torch.randperm(len(data), generator=generator) if shuffle else torch.arange(len(data))
+        for start in range(0, len(order), batch_size):
+            yield _prepared_there(*held, order[start : start + batch_size].tolist(), transform)
+        return
+    loader = Loader(
         _Prepared(data, transform),
         batch_size=batch_size,
         shuffle=shuffle,
         num_workers=num_workers,
         collate_fn=collate,
-        generator=torch.Generator().manual_seed(0),  # the caller's own generator stays where it is
+        pin_memory=torch.device(device).type == "cuda",
+        generator=generator,
     )
+    for images, labels, sentences in loader:
+        yield images.to(device, non_blocking=True), labels, sentences
+
+
+def _held_elsewhere(data: Pairs) -> tuple[Cached, Sequence[int]] | None:
+    """The cache on a GPU of which `data` is the whole or a part, and which of its images that is."""
+    whole, indices = (data.dataset, data.indices) if isinstance(data, Subset) else (data, range(len(data)))
+    return (whole, indices) if isinstance(whole, Cached) and whole.device.type != "cpu" else None
+
+
+def _prepared_there(
+    whole: Cached, indices: Sequence[int], places: Sequence[int], transform: EvalTransform
+) -> tuple[UInt8[Tensor, "batch 3 _ _"], Int[Tensor, " batch"], list[str]]:
+    """Of the images at `places` of `indices`: as `_Prepared` and `collate` make a batch."""
+
+    def readable(place: int) -> int:
+        if (index := indices[place]) in whole.broken:
+            raise whole.broken[index]
+        return index
+
+    found, broken = zip(*(first_readable(readable, place, len(indices)) for place in places), strict=True)
+    chosen, sentences = np.array(found), [sentence for of_one in broken for sentence in of_one]
+    labels = np.where([bool(of_one) for of_one in broken], UNREAD, whole.labels[chosen])
+    (pixels,) = whole.blocks
+    images = transform.of_batch(pixels, whole.starts[chosen], whole.shapes[chosen])
+    return images, torch.from_numpy(labels), sentences
 
 
 def kept(folder: Path, what: dict[str, Any], weights: nn.Module, make: Callable[[], Features]) -> Features:
@@ -168,4 +211,5 @@ class _Prepared(Dataset[tuple[Tensor, int, list[str]]]):
 def collate(samples: Sequence[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
     """(images stacked, labels, what could not be read) of samples that are such each."""
     images, labels, broken = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels), [sentence for sentences in broken for sentence in sentences]
+    together = default_collate(list(images))  # which a worker writes to shared memory at once
+    return together, torch.tensor(labels), [sentence for sentences in broken for sentence in sentences]

@@ -89,9 +89,10 @@ def trained(backbone: nn.Module, bench: Bench, recipe: Recipe, seed: int, bar: s
         for step, (images, labels, sentences) in enumerate(tqdm(loader, desc=bar, unit="step", disable=bar is None)):
             for group in optimizer.param_groups:
                 group["lr"] = cosine_warmup(step, recipe.lr, 0.0, steps, warmup)
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             with bench.autocast():
-                logits = model(bench.transform.normalise(images.to(device, non_blocking=True)))
-            loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=recipe.label_smoothing)
+                logits = model(bench.transform.normalise(images))
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

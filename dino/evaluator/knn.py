@@ -135,8 +135,8 @@ class KNN:
         log.info("measuring raw pixels and the untrained backbone, %d images each", len(train) + len(val))
         transform = EvalTransform(self.size, mean, std)
         rest = (train, val, mean, std, device, autocast, num_workers, broken)
-        images = (views for views, *_ in batches(train, transform, self.batch_size, num_workers, shuffle=True))
-        calibrated = calibrate(backbone, (transform.normalise(batch.to(device)) for batch in images), autocast)
+        shuffled = batches(train, transform, self.batch_size, device, num_workers, shuffle=True)
+        calibrated = calibrate(backbone, (transform.normalise(images) for images, *_ in shuffled), autocast)
         networks = {"raw_pixels": RawPixels(), "untrained": calibrated}
         return {name: self.measure(network, *rest).figures["knn"] for name, network in networks.items()}
 

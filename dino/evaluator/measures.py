@@ -163,8 +163,8 @@ class Measures:
 
     def untrained(self, backbone: nn.Module) -> nn.Module:
         """`backbone`, which has learned nothing, with batch norms that know the images."""
-        shuffled = batches(self.bench.train, self.transform, self.bench.batch_size, shuffle=True)
-        images = (self.transform.normalise(batch.to(self.device)) for batch, *_ in shuffled)
+        shuffled = batches(self.bench.train, self.transform, self.bench.batch_size, self.device, shuffle=True)
+        images = (self.transform.normalise(images) for images, *_ in shuffled)
         return calibrate(backbone.to(self.device), images, self.bench.autocast)
 
     def two_views(self, backbone: nn.Module) -> tuple[Float[Tensor, "images dim"], Float[Tensor, "images dim"]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino.augmentation import DINOTransform, collate_multi_crop, image_tensor
-from dino.augmentation.crops import cut_together
+from dino.augmentation.resampling import cut_together
 from dino.dataset.cache import Cached, Pairs
 from dino.dataset.encoded import EncodedImages, plain_jpeg, quiet
 from dino.loading.broken import first_readable

@@ -30,9 +30,9 @@ class Elsewhere(torch.Tensor):
         raise NotImplementedError(f"{function} is not implemented for this device")
 
 
-def cached_elsewhere(dataset):
-    """A Cached whose tensor is on that device."""
+def cached_elsewhere(dataset, tensor=Elsewhere):
+    """A Cached whose images are one tensor on another device; `tensor`: what makes that of one on the CPU."""
     cached = Cached(dataset)
     cached.device, cached.images_per_block = torch.device("meta"), len(dataset)
-    cached.blocks = [Elsewhere(torch.cat(cached.blocks))]
+    cached.blocks = [tensor(torch.cat(cached.blocks))]
     return cached

@@ -11,7 +11,7 @@ from test_batches import assert_same, views_of
 from test_train import TINY, assert_same_run, program
 
 from dino.augmentation import DINOTransform
-from dino.augmentation.crops import cut_together
+from dino.augmentation.resampling import cut_together
 from dino.dataset.cache import Cached
 from dino.dataset.encoded import BrokenImage
 from dino.dataset.folder import Folder
@@ -68,7 +68,7 @@ def test_whoever_crops_the_views_are_the_same():
     on_device, _ = views(DeviceCrops)
     for view, other, cached in zip(by_worker, on_device, views(CachedCrops)[0]):
         off = (view.int() - other.int()).abs()
-        assert off.max() <= 2 and (off > 0).float().mean() < 0.05  # see tests/augmentation/test_crops.py
+        assert off.max() <= 2 and (off > 0).float().mean() < 0.05  # see tests/augmentation/test_resampling.py
         assert torch.equal(other, cached)
 
 
