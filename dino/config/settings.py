@@ -87,7 +87,9 @@ class Training(Section):
     synchronise_batch_norm: Switch
     sharded: Switch
     num_workers: Workers
-    device_does: Annotated[Literal["photometry", "crops", "decode"], Field(description="photometry or crops or decode")]
+    device_does: Annotated[
+        Literal["auto", "photometry", "crops", "decode"], Field(description="auto, photometry, crops or decode")
+    ]
 
 
 class Teacher(Section):

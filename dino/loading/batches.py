@@ -21,9 +21,8 @@ class Steps:
     """`for step, micro_batches in Steps(...)`: one optimizer update each, of `accumulation` micro-batches.
 
     A micro-batch's views move to the device, and photometry is done there in one batch: when the loop asks for it, or
-    on CUDA while the micro-batch before it trains. One
-    loader serves all epochs: no worker starts anew between two epochs, and the first batch of an epoch is ready when
-    the epoch before ends.
+    on CUDA while the micro-batch before it trains. One loader serves all epochs: no worker starts anew between two
+    epochs, and the first batch of an epoch is ready when the epoch before ends.
     `broken` fills with a sentence for each image that could not be read and was passed over.
     """
 
@@ -43,7 +42,7 @@ class Steps:
         end = batching.steps_per_epoch(len(dataset)) if end is None else end
         self.sampler = StepSampler(len(dataset), batching, start, end)
         self.broken = set() if broken is None else broken
-        self.crops = crops_of(dataset, transform, loading.device_does)
+        self.crops = crops_of(dataset, transform, loading)
         samples = Samples(self.crops, batching.seed, len(dataset))
         self.loader = Loader(
             samples,

@@ -31,11 +31,12 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Loading:
-    """Where images become views. `device_does`: photometry, crops (and photometry), decode (and both)."""
+    """Where images become views. `device_does`: photometry, crops (and photometry), decode (and both); auto: crops on
+    CUDA, else photometry."""
 
     device: torch.device = CPU
     num_workers: int = 0
-    device_does: str = "photometry"
+    device_does: str = "auto"
     cached_on_device: bool = False  # then crops are made there too, and an evaluation has no use for workers
 
 
@@ -167,11 +168,16 @@ class CachedCrops:
 Crops = WorkerCrops | DeviceCrops | DeviceDecodes | CachedCrops
 
 
-def crops_of(dataset: Pairs, transform: DINOTransform, device_does: str) -> Crops:
-    """`device_does`: "photometry", "crops" too, or "decode" as well, as far as `dataset` lets it: what is on a GPU
-    already is cropped there, and what is decoded already is not decoded again."""
+def crops_of(dataset: Pairs, transform: DINOTransform, loading: Loading) -> Crops:
+    """As `loading.device_does` says, as far as `dataset` lets it: what is on a GPU already is cropped there, and what
+    is decoded already is not decoded again. auto leaves the crops to a transform that makes them in a way of its own.
+    """
     if isinstance(dataset, Cached) and dataset.device.type != "cpu":
         return CachedCrops(dataset, transform)
+    device_does = loading.device_does
+    if device_does == "auto":
+        can_crop = loading.device.type == "cuda" and type(transform).crop is DINOTransform.crop
+        device_does = "crops" if can_crop else "photometry"
     if device_does == "photometry":
         return WorkerCrops(dataset, transform)
     if device_does == "decode" and isinstance(dataset, EncodedImages):

@@ -84,10 +84,11 @@ def usable_cores() -> int:
 
 
 def default_workers(device: torch.device) -> int:
-    """Loader processes: none where the CPU trains. Its threads wait for each other at every operation, so that a core
-    taken from one stalls all (on two cores, one worker beside two threads: 75 images/s, where none gave 101)."""
+    """Data workers of each process: its share of the cores, less one for the process itself, which must never be late
+    with the device's work. None where the CPU trains: its threads wait for each other at every operation, so that a
+    core taken from one stalls all (on two cores, one worker beside two threads: 75 images/s, where none gave 101)."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's; SLURM gives each process cores of its own
-    return 0 if device.type == "cpu" else min(8, max(1, usable_cores() // processes))
+    return 0 if device.type == "cpu" else max(1, usable_cores() // processes - 1)
 
 
 def free_memory(device: torch.device) -> int:

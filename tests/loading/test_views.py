@@ -100,11 +100,23 @@ def test_steps_are_the_same_for_any_number_of_workers_and_from_any_start(way, mo
 
 def test_the_device_crops_where_it_is_told_to_or_has_the_images():
     def way(dataset, device_does):
-        return type(crops_of(dataset, TRANSFORM, device_does))
+        return type(crops_of(dataset, TRANSFORM, Loading(device_does=device_does)))
 
     assert way(Photos(), "photometry") is way(Cached(Photos()), "photometry") is WorkerCrops
     assert way(Photos(), "crops") is way(Photos(), "decode") is way(Cached(Photos()), "decode") is DeviceCrops
     assert way(Cached(Photos(), device="meta"), "photometry") is CachedCrops
+
+
+def test_crops_are_made_on_cuda_unless_the_transform_makes_them_in_its_own_way():
+    class Own(DINOTransform):
+        def crop(self, image, rng=None):
+            return super().crop(image, rng)
+
+    def way(transform, kind, **told):
+        return type(crops_of(Photos(), transform, Loading(torch.device(kind), **told)))
+
+    assert [way(TRANSFORM, kind) for kind in ("cuda", "mps", "cpu")] == [DeviceCrops, WorkerCrops, WorkerCrops]
+    assert way(Own(), "cuda") is way(TRANSFORM, "cuda", device_does="photometry") is WorkerCrops
 
 
 def test_workers_get_no_pixels_of_a_cache_on_the_device():

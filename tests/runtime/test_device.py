@@ -7,6 +7,7 @@ import dino.visualize
 from dino.config import CONF, compose
 from dino.evaluate import evaluate
 from dino.run.parts import assemble
+from dino.runtime import device
 from dino.runtime.rng import rng_state, set_rng_state
 from dino.train import run
 
@@ -58,14 +59,23 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_the_gpu_that_is_chosen_becomes_the_current_one_also_for_one_process(tmp_path, monkeypatch, program):
-    def chosen(device):
-        raise Chosen(str(device))
+    def chosen(name):
+        raise Chosen(str(name))
 
     Gpus(monkeypatch)
     monkeypatch.setattr(torch.cuda, "set_device", chosen)
     monkeypatch.setattr(dino.visualize, "load_teacher", lambda *_: None)
     with pytest.raises(Chosen, match="cuda:1"):
         program(tmp_path)
+
+
+def test_data_workers_take_the_cores_of_a_process_but_one(monkeypatch):
+    monkeypatch.setattr(device, "usable_cores", lambda: 16)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert [device.default_workers(torch.device(kind)) for kind in ("cuda", "mps", "cpu")] == [15, 15, 0]
+    for processes, workers in ((2, 7), (8, 1), (16, 1), (32, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert device.default_workers(torch.device("cuda")) == workers
 
 
 def test_the_random_state_is_that_of_the_current_gpu(monkeypatch):
