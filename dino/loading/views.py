@@ -112,13 +112,12 @@ class DeviceDecodes(DeviceCrops):
         indices, labels, whole, shapes, boxes = batch
         images = split(whole, shapes)  # on the CPU: from there nvJPEG reads
         jpegs, broken = np.flatnonzero(shapes[:, 2] == 1).tolist(), list[str]()
+        encoded = [images[i].flatten() for i in jpegs]
         try:
             from torchvision.io import ImageReadMode, decode_jpeg
 
             with quiet():
-                decoded = (
-                    decode_jpeg([images[i].flatten() for i in jpegs], ImageReadMode.RGB, device=device) if jpegs else []
-                )
+                decoded = decode_jpeg(encoded, ImageReadMode.RGB, device=device) if encoded else []
         except torch.OutOfMemoryError:  # a RuntimeError too, and no image's fault
             raise
         except RuntimeError:  # of one of them, and it does not say which
