@@ -263,7 +263,7 @@ def test_an_override_ends_with_status_2_and_sentences_or_starts_a_run(one_in, ca
     assert {case: words for case, words in wrong.items() if words} == {}
 
 
-JOURNAL = ("log_every_steps", "evaluate_every_epochs", "checkpoint", "logger", "init_from", "name")
+JOURNAL = ("log_every_steps", "profile", "evaluate_every_epochs", "checkpoint", "logger", "init_from", "name")
 
 
 @pytest.mark.soak

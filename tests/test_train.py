@@ -335,6 +335,16 @@ def assert_same_run(directory, reference):
         assert one.equals(other)
 
 
+def test_a_run_that_is_profiled_is_the_very_run(tmp_path):
+    for name in ("false", "true"):
+        overrides = [*TINY, "evaluator=none", "training.max_steps=17", f"profile={name}"]
+        run(compose(overrides, "train", CONF), tmp_path / name)
+    assert_same_run(tmp_path / "true", tmp_path / "false")
+    assert "profiled 5 steps" in (tmp_path / "true" / "train.log").read_text()
+    assert {path.name for path in (tmp_path / "true" / "profile").iterdir()} == {"trace.json", "operations.txt"}
+    assert not (tmp_path / "false" / "profile").exists()
+
+
 def test_a_run_says_what_it_does_and_leaves_everything_behind(uninterrupted):
     directory, done = uninterrupted
     assert done.returncode == 0, done.stderr

@@ -149,6 +149,7 @@ class Settings(Section):
     checkpoint: Checkpoint
     evaluate_every_epochs: Count
     log_every_steps: Count
+    profile: Switch
     dataset: Dataset
     backbone: Node
     head: Node

@@ -34,6 +34,7 @@ KEYS_FREE_TO_CHANGE = (
     "trust",
     "log_every_steps",
     "evaluate_every_epochs",
+    "profile",
     "checkpoint",
     "training.num_workers",
     "training.skip_nonfinite_steps",  # so that a run which a NaN stopped can go on with it

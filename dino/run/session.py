@@ -32,6 +32,7 @@ from dino.run.stop import Interrupted, StopSignal
 from dino.runtime.device import peak_memory, use_device
 from dino.runtime.memory import oom_advice
 from dino.runtime.processes import barrier_refusals, place, processes
+from dino.runtime.profile import profiled
 from dino.runtime.rng import set_rng_state
 from dino.runtime.sharding import data_parallel
 
@@ -81,7 +82,8 @@ def _train(run: Run, loop: Loop, stop: StopSignal, started: float) -> float:
     try:
         after_step.end_interrupted_epoch()
         with oom_advice(run.memory_advice()):
-            loop(learner, steps, after_step)
+            rank_zero_profiles = run.settings.profile and run.parts.place.rank == 0
+            loop(learner, profiled(steps, run.directory / "profile" if rank_zero_profiles else None), after_step)
     except Interrupted as stopped:
         if run.parts.place.rank == 0:
             print(f"{stopped}; the same command resumes", file=sys.stderr, flush=True)

@@ -62,7 +62,9 @@ def test_other_settings_are_refused_listing_every_key_with_both_values(tmp_path)
 
 def test_keys_that_change_no_result_may_differ():
     before = {"device": "cpu", "training": {"num_workers": 2, "epochs": 3}, "logger": {}, "log_every_steps": 1}
+    before["profile"] = False
     now = {
+        "profile": True,
         "device": "cuda",
         "training": {"num_workers": 0, "epochs": 3},
         "logger": {"csv": {"_target_": "x"}},
