@@ -34,9 +34,9 @@ SHARES = ("agreement", "prototypes_in_use")
 TOGETHER = {"over ln K": OVER_LN_K, "share": SHARES}
 NOISY = {"loss", "gradient_norm", "images_per_second", "feature_std", "rankme", "update_to_weight", *OVER_LN_K, *SHARES}
 MOST_IN_LEGEND = 10  # runs, as many as there are colours; the others are grey
-# The loss over ln K is the right axis of the loss, KL to uniform follows from the entropy of the mean; the others are
-# what metrics are drawn against, or a clock.
-NO_PANEL = {"loss_over_ln_k", "kl_to_uniform", "iteration", "epoch", "timestamp", "training_seconds"}
+# The loss over ln K is the right axis of the loss, KL to uniform follows from the entropy of the mean, the MFU is a
+# multiple of images per second; the others are what metrics are drawn against, or a clock.
+NO_PANEL = {"loss_over_ln_k", "kl_to_uniform", "mfu", "iteration", "epoch", "timestamp", "training_seconds"}
 
 
 def panels(names: Sequence[str]) -> list[tuple[str, ...]]:

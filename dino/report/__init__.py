@@ -154,7 +154,9 @@ def header(name: str, history: History, step: int, total: int | None, memory: st
         left = f", about {duration(seconds / step * (total - step))} left" if total and step and not finished else ""
         tiles.append(("", duration(seconds), f"of training{left}"))
     if speeds:
-        tiles.append(("", f"{statistics.median(speeds):,.0f}", "images / s (median)"))
+        used = [entry["mfu"] for entry in iterations if finite(entry.get("mfu"))]
+        of_peak = f", {percent(statistics.median(used))} MFU" if used else ""
+        tiles.append(("", f"{statistics.median(speeds):,.0f}", f"images / s (median){of_peak}"))
     tiles.append(("", memory.partition(" GiB")[0] + " GiB", "peak memory"))
     steps = f"step {step:,}" + (f" of {total:,}" if total else "")
     return (

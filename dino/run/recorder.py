@@ -30,6 +30,7 @@ class Recorder:
     file: history.json, on rank zero; None on the other ranks, which compute the same numbers and write nothing.
     effective_batch: images per step, for images per second.
     every: steps from one entry of the history to the next.
+    images_to_mfu: the model FLOPs utilisation at one image per second; None where the peak of the device is not known.
     """
 
     def __init__(
@@ -42,9 +43,11 @@ class Recorder:
         effective_batch: int,
         every: int = 10,
         file: Path | None = None,
+        images_to_mfu: float | None = None,
     ) -> None:
         self.history, self.loggers, self.monitor, self.finite = history, loggers, monitor, finite
         self.epochs, self.effective_batch, self.every, self.file = epochs, effective_batch, every, file
+        self.images_to_mfu = images_to_mfu
         self.epoch_loss, self.epoch_steps, self.training_seconds = 0.0, 0, 0.0
         self.last_loss = math.nan
         self.recent = list[Tensor]()  # (loss, gradient norm) of the steps that nobody has looked at yet
@@ -146,6 +149,10 @@ class Recorder:
             "gradient_norm": step.gradient_norm.item(),
             "images_per_second": images_per_second,
         }
+        speed = f"{images_per_second:.0f} img/s"
+        if self.images_to_mfu is not None:
+            values["mfu"] = images_per_second * self.images_to_mfu
+            speed += f", MFU {100 * values['mfu']:.0f} %"
         self.history.record_iteration(step.done, values)
         if news := self.monitor.news(step.done, values, last.features):
             log.warning(news)
@@ -153,7 +160,6 @@ class Recorder:
         self.write()
         self.loggers.log(values, step.done)
         self.bar.set_postfix_str(
-            f"loss {self.last_loss:.3f} ({relative:.2f} ln K), lr {now.learning_rate:.1e}, "
-            f"{images_per_second:.0f} img/s",
+            f"loss {self.last_loss:.3f} ({relative:.2f} ln K), lr {now.learning_rate:.1e}, {speed}",
             refresh=False,
         )

@@ -30,6 +30,7 @@ from dino.run.saving import Saving
 from dino.run.step import Step
 from dino.run.stop import Interrupted, StopSignal
 from dino.runtime.device import peak_memory, use_device
+from dino.runtime.flops import images_to_mfu
 from dino.runtime.memory import oom_advice
 from dino.runtime.processes import barrier_refusals, place, processes
 from dino.runtime.profile import profiled
@@ -114,6 +115,13 @@ def after_step_of(run: Run, steps: Steps, stop: StopSignal) -> AfterStep:
         run.data.batching.effective_batch,
         every=settings.log_every_steps,
         file=run.directory / "history.json" if run.parts.place.rank == 0 else None,
+        images_to_mfu=images_to_mfu(
+            learner.teacher,
+            getattr(run.data.transform, "sizes", ()),  # of a transform of one's own
+            learner.loss.n_global_crops,
+            run.parts.device,
+            run.parts.place.world_size,
+        ),
     )
     evaluation = Evaluation(run.parts, run.history, epochs, stop, Report(run), every=settings.evaluate_every_epochs)
     checkpoint = settings.checkpoint

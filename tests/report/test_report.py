@@ -23,7 +23,7 @@ from dino.dataset.encoded import BrokenImage
 from dino.evaluator.features import UNREAD, Features, features_of
 from dino.evaluator.knn import Measured
 from dino.history import History
-from dino.report import Course, Pictured, write_report
+from dino.report import Course, Pictured, header, write_report
 from dino.report.curves import thinned
 from dino.report.environment import command_line, environment
 from dino.report.learned import class_section, map_section, neighbour_section, one_of_each
@@ -175,6 +175,12 @@ def test_the_head_says_where_the_run_stands_beside_both_baselines(report):
     assert "2 min of training, about 2 min left" in text
     assert "116 images / s (median)" in text
     assert "GiB peak memory" in text
+
+
+def test_the_mfu_stands_beside_the_speed_where_it_is_known():
+    history = history_of()
+    history.record_iteration(31, {"images_per_second": 116.0, "mfu": 0.4125})
+    assert "images / s (median), 41.2 % MFU" in header("a", history, 31, 60, "1 GiB", ())
 
 
 def test_foreign_text_is_escaped_everywhere(report):

@@ -87,6 +87,7 @@ def after_step_of(tmp_path, stop=None, measured=(), start=0, total_steps=12, ste
         effective_batch=8,
         every=changes.get("log_every_steps", 5),
         file=tmp_path / "history.json" if changes.get("writes", True) else None,
+        images_to_mfu=changes.get("images_to_mfu"),
     )
     evaluate = changes.get("evaluate", lambda: next(results, {}))
     evaluation = Evaluation(
@@ -207,6 +208,18 @@ def test_no_number_is_fetched_from_the_device_between_two_looks(tmp_path, monkey
     for name in ("item", "tolist", "__bool__", "__float__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
     walk(keeper, [1] * 9, start=1)
+
+
+def test_the_mfu_follows_from_images_per_second_where_the_peak_is_known(tmp_path):
+    keeper, _, spy = after_step_of(tmp_path, log_every_steps=1, images_to_mfu=1e-6)
+    walk(keeper, [1, 1])
+    speed, used = (keeper.recorder.history.get_metric(name) for name in ("images_per_second", "mfu"))
+    assert used == pytest.approx([1e-6 * per_second for per_second in speed]) and min(used) > 0
+    assert "MFU" in keeper.recorder.bar.postfix
+    keeper, _, spy = after_step_of(tmp_path / "unknown", log_every_steps=1)
+    walk(keeper, [1, 1])
+    assert "images_per_second" in spy.logged[1] and "mfu" not in spy.logged[1]
+    assert "MFU" not in keeper.recorder.bar.postfix
 
 
 def test_steps_that_may_be_left_out_are_counted_over_resumes_and_not_in_the_mean_of_the_epoch(tmp_path):
