@@ -9,7 +9,6 @@ and ours for 300 steps instead and plots their losses.
 
 import argparse
 import contextlib
-import math
 import re
 import statistics
 import subprocess
@@ -41,20 +40,9 @@ Step = Callable[[int, list[Tensor]], float]  # (number, views) -> loss
 
 def contestant(name: str, overrides: Sequence[str]) -> tuple[Parts, Step]:
     """One of CONTESTANTS with the weights that a run of these overrides begins with; also "reference, fp32"."""
-    config = compose([*overrides, "evaluator=none"], "train", CONF)
-    run = assemble(config)
-    clip = config["training"]["gradient_clip"] or math.inf
+    run = assemble(compose([*overrides, "evaluator=none"], "train", CONF))
     if name.startswith(REFERENCE):
-        precision = name.partition(", ")[2] or run.precision
-        amp = None if precision == "fp32" else DTYPES[precision]
-        reference = ReferenceTraining(run.student, run.transform.ncrops, clip, amp)
-        run.learner.student = run.learner.parallel = run.learner.teacher = run.learner.optimizer = None  # type: ignore[assignment]
-
-        def step(number: int, views: list[Tensor]) -> float:
-            now = run.schedule(number)
-            return reference.step(views, now.learning_rate, now.weight_decay, now.momentum, now.teacher_temp)
-
-        return run, step
+        return run, reference_step(run, name.partition(", ")[2] or run.precision)
     if name == BARE:
         return run, lambda _, views: bare(run, views)
     if name == COMPILED:
@@ -66,6 +54,19 @@ def contestant(name: str, overrides: Sequence[str]) -> tuple[Parts, Step]:
         return losses[0].item()
 
     return run, ours
+
+
+def reference_step(run: Parts, precision: str) -> Step:
+    """The reference's, from the weights of `run`, whose own are let go."""
+    amp = None if precision == "fp32" else DTYPES[precision]
+    reference = ReferenceTraining(run.student, run.transform.ncrops, run.learner.max_norm, amp)
+    run.learner.student = run.learner.parallel = run.learner.teacher = run.learner.optimizer = None  # type: ignore[assignment]
+
+    def step(number: int, views: list[Tensor]) -> float:
+        now = run.schedule(number)
+        return reference.step(views, now.learning_rate, now.weight_decay, now.momentum, now.teacher_temp)
+
+    return step
 
 
 def bare(run: Parts, views: list[Tensor]) -> float:
