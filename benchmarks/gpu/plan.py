@@ -97,7 +97,8 @@ def runs(settings: Settings) -> Iterator[Part]:
     if settings.tiny:
         tiny = ["dataset.train.images=96", "dataset.val.images=40", "training.batch_size=8", "training.num_workers=0"]
         tiny += ["backbone.hidden_dim=32", "backbone.depth=1", "head.hidden_dim=32", "dataset.out_dim=64"]
-        steps, learns, short = [*tiny, "training.epochs=4"], tiny, [*tiny, "training.epochs=3"]
+        learns, short = tiny, [*tiny, "training.epochs=3"]
+        steps = [*short, "evaluate_every_epochs=3"]
     elif settings.data is None:
         yield resume(short)
         return
