@@ -189,3 +189,16 @@ def test_the_lists_of_parts_name_functions_that_are_there():
         module, _, function = part.function.partition(".")
         assert callable(getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function))
         assert Path(command.__file__).with_name(f"{module}.py").exists()
+
+
+def test_the_gpu_is_named_and_holds_as_many_parts_as_fit_in_its_memory(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15'\necho 'NVIDIA A10, 24 MiB, 1'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    facts = command.machine()
+    assert (facts["gpu"], facts["driver"]) == ("H100 80GB HBM3", "550.54.15")
+    assert command.default_jobs(facts, tiny=False) == 4  # of 16 GB each
+    assert command.default_jobs(facts | {"gpu memory": "143771 MiB"}, tiny=False) == 6
+    assert command.default_jobs(facts | {"gpu memory": "8192 MiB"}, tiny=False) == 1
