@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.turn import Turn
-from dino.config import CONF, compose
 from dino.history import History
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +47,7 @@ def end_to_end(turn: Turn, overrides: Sequence[str]) -> dict[str, float]:
 def resume(turn: Turn, overrides: Sequence[str]) -> dict[str, float]:
     """Tensors of the last checkpoint of a run that was killed and started again, and how many of them are those of a
     run that was never interrupted, to the bit."""
-    overrides = [*overrides, *deterministic()]
+    overrides = [*overrides, "deterministic=true"]
     whole, cut = program("whole", overrides), program("cut", overrides)
     folder = Path("outputs", "cut", "checkpoints")
     while cut.poll() is None and not any(step_of(path) > 1 for path in folder.glob("step_*.pt")):
@@ -138,8 +137,3 @@ def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
         return {name: value}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     return {key: found for k, v in items for key, found in tensors(v, f"{name}.{k}").items()}
-
-
-def deterministic() -> list[str]:
-    """The override with which a resume is exact on CUDA too, where this version has it."""
-    return ["deterministic=true"] if "deterministic" in compose([], "train", CONF) else []

@@ -10,6 +10,7 @@ from benchmarks.gpu.measure import times, work
 from benchmarks.gpu.turn import Turn
 from dino.config import CONF, compose
 from dino.loading.micro_batch import MicroBatch
+from dino.run.accelerate import accelerate
 from dino.run.parts import Parts, assemble
 from dino.runtime.device import choose_device, choose_precision, peak_memory
 from dino.runtime.flops import images_to_mfu
@@ -49,8 +50,6 @@ def step_of(run: Parts, contestant: str) -> Step:
     if contestant == REFERENCE:
         return beside.reference_step(run, run.precision)
     if contestant in (COMPILED, CAPTURED):
-        from dino.run.accelerate import accelerate
-
         accelerate(run, compile=True, graph=contestant == CAPTURED)
 
     def ours(number: int, views: list[Tensor]) -> Tensor:
