@@ -191,8 +191,8 @@ def breakdown(overrides: Sequence[str], steps: int) -> tuple[dict[str, float], f
 def print_table(rows: dict[str, tuple[Parts, Step]], rounds: int, peaks: dict[str, float]) -> None:
     first = next(iter(rows.values()))[0]
     views, times = views_of(first), defaultdict[str, list[float]](list)
-    for name, (run, step) in rows.items():
-        for number in range(2):  # compiling takes the first; memory is found in both
+    for run, step in rows.values():
+        for number in range(2):  # in which memory is found
             seconds(lambda: step(number, views), run.device)  # noqa: B023
     for number in range(2, rounds + 2):
         for name, (run, step) in rows.items():
