@@ -11,10 +11,11 @@ from typing import IO
 def atomic_write(path: Path) -> Iterator[Path]:
     """Another name to write to: what stands there when the block ends becomes `path`, over what that was.
 
-    Where it fails nothing is left of it. It is one name a folder, so that what a killed process leaves goes with the
-    next write; the lock of a run's directory keeps others from it.
+    Where it fails nothing is left of it. It is one name per folder and suffix: what a killed process leaves goes with
+    the next write, and two threads that write files of two kinds do not meet. The lock of a run's directory keeps other
+    processes out.
     """
-    partial = path.with_name(".partial")
+    partial = path.with_name(f".partial{path.suffix}")
     try:
         yield partial
         partial.replace(path)
