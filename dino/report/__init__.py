@@ -1,4 +1,4 @@
-"""report.html: a run in one file that opens from disk, written anew at each evaluation so that it can be watched."""
+"""report.html: a run in one file that opens from disk, written anew while the run goes on so that it can be watched."""
 
 import copy
 import json

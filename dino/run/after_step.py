@@ -81,6 +81,6 @@ class AfterStep:
         best = self.evaluation.note(done, measured.figures)
         if measured.figures or self.epochs.is_over(done):
             self.recorder.write()
-            self.evaluation.report(measured)
+            self.evaluation.report(measured, self.epochs.is_over(done))
         self.recorder.restart_clock()
         return best

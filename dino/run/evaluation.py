@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """Measures the teacher every `every` epochs, and always at the end of the run. `report` shows what was measured.
+    """Measures the teacher every `every` epochs, and always at the end of the run. `report` shows what was measured;
+    it is told whether the run is at its end.
 
     It changes nothing that trains, so a signal may cut it short (but after the last step): a run that goes on from
     there evaluates first.
@@ -29,7 +30,7 @@ class Evaluation:
         history: History,
         epochs: Epochs,
         stop: StopSignal,
-        report: Callable[[Measured], None],
+        report: Callable[[Measured, bool], None],
         every: int = 1,
     ) -> None:
         self.parts, self.history, self.epochs, self.stop = parts, history, epochs, stop

@@ -123,7 +123,8 @@ def after_step_of(run: Run, steps: Steps, stop: StopSignal) -> AfterStep:
             run.parts.place.world_size,
         ),
     )
-    evaluation = Evaluation(run.parts, run.history, epochs, stop, Report(run), every=settings.evaluate_every_epochs)
+    report = Report(run, settings.checkpoint.every_minutes)
+    evaluation = Evaluation(run.parts, run.history, epochs, stop, report, every=settings.evaluate_every_epochs)
     checkpoint = settings.checkpoint
     saving = Saving(run, epochs, checkpoint.every_epochs, checkpoint.every_minutes, checkpoint.keep)
     after_step = AfterStep(epochs, recorder, evaluation, saving, stop, run.data, run.directory)

@@ -95,7 +95,7 @@ def after_step_of(tmp_path, stop=None, measured=(), start=0, total_steps=12, ste
         history,
         epochs,
         stop,
-        changes.get("report", lambda measured: None),
+        changes.get("report", lambda measured, last: None),
         every=changes.get("evaluate_every_epochs", 1),
     )
     saving = Kept(
@@ -133,7 +133,7 @@ def test_what_happens_between_epochs_draws_nothing_from_the_run(tmp_path):
         np.random.rand(), torch.rand(1)
         return {"knn": 0.5}
 
-    keeper, *_ = after_step_of(tmp_path, evaluate=draw, report=lambda measured: draw())
+    keeper, *_ = after_step_of(tmp_path, evaluate=draw, report=lambda measured, last: draw())
     numpy, of_torch = np.random.get_state()[2], torch.get_rng_state()
     walk(keeper, [1.0] * 12)
     assert np.random.get_state()[2] == numpy
