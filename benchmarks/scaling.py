@@ -96,7 +96,7 @@ def train(processes: int, steps: int, folder: str) -> tuple[float, float, int]:
     its second half adds to a run of `steps` counts, so that starting and saving cancel."""
     seconds, sent, done = [], [], []
     for length in (steps, 2 * steps):
-        overrides = [*SMALL, f"training.max_steps={length}", f"name=of_{length}", "checkpoint.every_epochs=100"]
+        overrides = [*SMALL, f"training.max_steps={length}", f"name=of_{length}"]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, *(launcher if processes > 1 else []), "-m", "dino.train", *overrides]
         environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}

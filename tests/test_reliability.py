@@ -93,7 +93,7 @@ import os, runpy, signal, sys
 from dino.run.saving import Saving
 
 files, lines = sys.argv.pop(1), int(sys.argv.pop(1))
-save = Saving.__call__
+steps = {name: getattr(Saving, name) for name in ("__call__", "_write")}  # in the training thread, and beside it
 
 def trace(frame, event, _):
     global lines
@@ -104,12 +104,15 @@ def trace(frame, event, _):
         os.kill(os.getpid(), signal.SIGKILL)
     return trace
 
-def traced(*arguments):
-    sys.settrace(trace)
-    save(*arguments)
-    sys.settrace(None)
+def traced(step):
+    def run(*arguments):
+        sys.settrace(trace)
+        step(*arguments)
+        sys.settrace(None)
+    return run
 
-Saving.__call__ = traced
+for name, step in steps.items():
+    setattr(Saving, name, traced(step))
 runpy.run_module("dino.train", run_name="__main__", alter_sys=True)
 """
 
@@ -313,7 +316,7 @@ class Saved:
 
     def teacher(self, directory, n):
         torch.manual_seed(n)
-        save_teacher(directory, teacher(), CONFIG, {"size": 64, "more": "x" * 20_000 * n})
+        save_teacher(directory, teacher().state_dict(), CONFIG, {"size": 64, "more": "x" * 20_000 * n})
 
     def history(self, directory, n):
         self.grown = getattr(self, "grown", History())
@@ -374,7 +377,7 @@ def test_a_run_whose_disk_fills_up_stops_with_a_sentence_and_goes_on_when_there_
     assert {path.name for path in (disk / "a" / "checkpoints").iterdir()} == {"step_000000001.pt", "step_000000012.pt"}
     assert newest_checkpoint(disk / "a")["iteration"] == 12
     assert History.load(disk / "a" / "history.json").get_iterations()[:2] == [1, 11]
-    assert not [*disk.rglob(".partial")]
+    assert not [*disk.rglob(".partial*")]
     (disk / "filler").unlink()
     monkeypatch.setattr(History, "record_iteration", record)
     run(config, disk / "a")
@@ -406,7 +409,7 @@ def test_what_training_can_do_without_is_said_once_where_its_disk_is_full(disk, 
     assert final(directory)["iteration"] == 12
     rows = (directory / "metrics.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "1", "11", "12"]
-    assert not [*tmp_path.rglob("*.tmp"), *tmp_path.rglob(".partial")]
+    assert not [*tmp_path.rglob("*.tmp"), *tmp_path.rglob(".partial*")]
     assert "Traceback" not in said
 
 
@@ -426,7 +429,7 @@ def test_a_report_on_a_full_disk_leaves_the_one_before_and_training_goes_on(disk
     run(compose([*SHORT, "training.max_steps=1"], "train", CONF), disk / "a")
     assert capsys.readouterr().err.count("report.html is not written: OSError: [Errno 28]") == 1
     assert before.read_text() == "the one before"
-    assert not [*disk.rglob(".partial")]
+    assert not [*disk.rglob(".partial*")]
     assert final(disk / "a")["iteration"] == 1
 
 

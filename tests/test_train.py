@@ -47,6 +47,7 @@ TINY = [  # seconds on two cores
     "augmentation.num_local_views=2",
     "training.batch_size=8",
     "device=cpu",
+    "checkpoint.every_epochs=1",
 ]
 
 
@@ -454,6 +455,45 @@ def test_a_run_killed_at_a_random_moment_and_started_again_ends_bit_identical(un
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed at step {stopped_at}" in resumed.stderr
     assert_same_run(tmp_path / "outputs" / "a", reference)
+
+
+HALF = """
+import io, runpy, time
+import torch
+save = torch.save
+
+def half(content, file):
+    if content["iteration"] == 1:
+        return save(content, file)
+    whole = io.BytesIO()
+    save(content, whole)
+    file.write(whole.getvalue()[: whole.tell() // 2])
+    file.flush()
+    print("half", flush=True)
+    time.sleep(600)
+
+torch.save = half
+runpy.run_module("dino.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_run_killed_while_a_checkpoint_is_written_goes_on_from_the_one_before_and_ends_bit_identical(
+    uninterrupted, tmp_path
+):
+    arguments = [sys.executable, "-c", HALF, *TINY, "name=a"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as killed:
+        assert killed.stdout.readline() == "half\n"
+        killed.kill()
+    directory = tmp_path / "outputs" / "a"
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == [".partial.pt", "step_000000001.pt"]
+    resumed = program(*TINY, "name=a", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed at step 1\n" in resumed.stderr
+    assert_same_run(directory, uninterrupted[0] / "outputs" / "a")
+    assert not [*directory.rglob(".partial*")]
 
 
 @pytest.mark.parametrize(

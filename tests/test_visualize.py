@@ -193,7 +193,7 @@ def saved(directory, backbone, node):
     model = DinoModel(backbone, DinoProjectionHead(backbone.output_dim, 16, 8, 32))
     head = {"_target_": "dino.head.DinoProjectionHead", "hidden_dim": 16, "bottleneck_dim": 8, "output_dim": 32}
     directory.mkdir()
-    save_teacher(directory, model, {"backbone": node, "head": head}, PREPROCESSING)
+    save_teacher(directory, model.state_dict(), {"backbone": node, "head": head}, PREPROCESSING)
     return directory
 
 

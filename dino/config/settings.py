@@ -101,8 +101,8 @@ class Teacher(Section):
 
 
 class Checkpoint(Section):
-    every_epochs: Count
     every_minutes: Positive
+    every_epochs: MaybeCount
     keep: Count
 
 

@@ -37,6 +37,7 @@ class AfterStep:
 
     def __call__(self, step: Step) -> None:
         self.recorder(step)
+        self.saving.writer.check()
         self._between_steps(step.done)
 
     def end_interrupted_epoch(self) -> None:
@@ -63,6 +64,8 @@ class AfterStep:
             self.recorder.write()
             self.saving(done, best, self.state_dict())
             self.recorder.restart_clock()
+        if signum or too_many(broken, images):
+            self.saving.writer.wait()
         if too_many(broken, images):
             raise refusal(broken, images, self.directory)
         if signum:

@@ -91,6 +91,7 @@ def _train(run: Run, loop: Loop, stop: StopSignal, started: float) -> float:
         stop.hand_on()  # before the loggers finish, which may take minutes
         raise
     finally:
+        after_step.saving.writer.close()
         after_step.recorder.close()
         run.loggers.finish()
     _say_done(run, time.monotonic() - started)
@@ -126,7 +127,7 @@ def after_step_of(run: Run, steps: Steps, stop: StopSignal) -> AfterStep:
     report = Report(run, settings.checkpoint.every_minutes)
     evaluation = Evaluation(run.parts, run.history, epochs, stop, report, every=settings.evaluate_every_epochs)
     checkpoint = settings.checkpoint
-    saving = Saving(run, epochs, checkpoint.every_epochs, checkpoint.every_minutes, checkpoint.keep)
+    saving = Saving(run, epochs, checkpoint.every_minutes, checkpoint.every_epochs, checkpoint.keep)
     after_step = AfterStep(epochs, recorder, evaluation, saving, stop, run.data, run.directory)
     if run.after_step is not None:
         after_step.load_state_dict(run.after_step)

@@ -43,11 +43,16 @@ class TeacherFile:
             raise ValueError(f"{self.path} holds the weights of another network ({found}).")
 
 
-def save_teacher(directory: Path, teacher: DinoModel, config: dict[str, Any], preprocessing: dict[str, Any]) -> None:
-    """directory/teacher.safetensors: backbone and head; in the metadata, how to build them and to prepare images."""
+def save_teacher(
+    directory: Path, weights: Mapping[str, Tensor], config: dict[str, Any], preprocessing: dict[str, Any]
+) -> None:
+    """directory/teacher.safetensors: backbone and head; in the metadata, how to build them and to prepare images.
+
+    weights: the state_dict of a DinoModel.
+    """
     from safetensors.torch import save
 
-    weights = {name: value.detach().contiguous().clone() for name, value in teacher.state_dict().items()}
+    weights = {name: value.detach().contiguous().clone() for name, value in weights.items()}
     metadata = {
         "format": "pt",
         "backbone": json.dumps(config["backbone"]),

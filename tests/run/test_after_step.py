@@ -1,8 +1,10 @@
+import concurrent.futures
 import copy
 import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from dino.augmentation import DINOTransform
 from dino.evaluator.knn import Measured
 from dino.head import Factors
 from dino.history import History
+from dino.loading.broken import TooManyBroken
 from dino.loading.data import Data
 from dino.loading.sampler import Batching
 from dino.loading.views import Loading
@@ -101,8 +104,8 @@ def after_step_of(tmp_path, stop=None, measured=(), start=0, total_steps=12, ste
     saving = Kept(
         object.__new__(Run),
         epochs,
-        changes.get("checkpoint_every_epochs", 1),
         changes.get("checkpoint_every_minutes", 15.0),
+        changes.get("checkpoint_every_epochs", 1),
     )
     saving.saved = []
     data = Data(Counted(900), Counted(100), DINOTransform(), 32, Batching(8), steps_per_epoch, total_steps, Loading())
@@ -155,14 +158,39 @@ def test_steps_are_recorded_at_the_cadence_and_epochs_with_the_mean_of_all_their
     assert spy.logged[12]["epoch/knn"] == 0.25
 
 
-def test_checkpoints_are_written_at_the_first_step_after_each_epoch_and_at_the_end_the_best_marked(tmp_path):
+def test_checkpoints_are_written_at_the_first_and_last_step_and_where_the_teacher_is_the_best_so_far(tmp_path):
     keeper, saved, _ = after_step_of(
-        tmp_path, measured=[{"knn": 0.5}, {"knn": 0.7}, {"knn": 0.6}], checkpoint_every_epochs=3
+        tmp_path, measured=[{"knn": 0.5}, {"knn": 0.7}, {"knn": 0.6}], checkpoint_every_epochs=None
     )
     walk(keeper, [1] * 12)
     assert [(iteration, best) for iteration, _, best in saved] == [(1, False), (4, True), (8, True), (12, False)]
     assert saved[-1][1]["evaluation"]["last_knn"] == 0.6
     assert saved[-1][1]["evaluation"]["best_knn"] == 0.7
+
+
+def fails():
+    raise OSError("the disk is gone")
+
+
+def test_what_the_writing_of_a_checkpoint_raised_is_raised_after_the_next_step(tmp_path):
+    keeper, _, _ = after_step_of(tmp_path, log_every_steps=1)
+    walk(keeper, [1, 1])
+    keeper.saving.writer.submit(fails)
+    concurrent.futures.wait([keeper.saving.writer._job])
+    with pytest.raises(OSError, match="the disk is gone"):
+        take(keeper, 2, 1)
+    assert keeper.recorder.history.get_iterations() == [1, 2, 3]
+
+
+def test_the_checkpoint_before_too_many_broken_images_is_waited_for(tmp_path):
+    keeper, _, _ = after_step_of(tmp_path)
+    walk(keeper, [1])
+    keeper.data.broken.update(f"{i}.jpg is no image" for i in range(11))  # of 1,000
+    written = []
+    keeper.saving.writer.submit(lambda: (time.sleep(0.3), written.append(1)))
+    with pytest.raises(TooManyBroken):
+        take(keeper, 1, 1)
+    assert written == [1]
 
 
 def test_a_resumed_epoch_has_the_mean_of_the_whole_epoch(tmp_path):

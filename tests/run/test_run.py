@@ -45,7 +45,9 @@ class Pretrained(ViTTiny):
 def test_the_untrained_backbone_of_a_run_that_begins_with_weights_is_that_of_one_that_does_not(tmp_path, source):
     target = f"backbone._target_={__name__}.Pretrained"
     config = compose([*TINY, target, "seed=1"], "train", CONF)
-    save_teacher(tmp_path, assemble(config).teacher, config, {"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3})
+    save_teacher(
+        tmp_path, assemble(config).teacher.state_dict(), config, {"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3}
+    )
     plain = assembled(target)
     after = torch.get_rng_state()
     begins = "+backbone.pretrained=true" if source == "pretrained" else f"init_from={tmp_path}"

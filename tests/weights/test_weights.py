@@ -35,7 +35,7 @@ def teacher():
 
 def test_a_teacher_file_rebuilds_the_model_and_says_how_to_prepare_images(tmp_path):
     saved = teacher()
-    save_teacher(tmp_path, saved, CONFIG, {"size": 64, "mean": (0.5, 0.4, 0.3), "std": (1.0, 1.0, 1.0)})
+    save_teacher(tmp_path, saved.state_dict(), CONFIG, {"size": 64, "mean": (0.5, 0.4, 0.3), "std": (1.0, 1.0, 1.0)})
     images = torch.randn(2, 3, 64, 64)
     for source in (tmp_path, tmp_path / "teacher.safetensors", str(tmp_path)):
         loaded = load_teacher(source)
@@ -45,7 +45,7 @@ def test_a_teacher_file_rebuilds_the_model_and_says_how_to_prepare_images(tmp_pa
 
 
 def test_anyone_can_read_a_teacher_file_with_safetensors_alone(tmp_path):
-    save_teacher(tmp_path, teacher(), CONFIG, {"size": 64})
+    save_teacher(tmp_path, teacher().state_dict(), CONFIG, {"size": 64})
     weights = load_file(tmp_path / "teacher.safetensors")
     assert torch.equal(weights["backbone.cls_token"], teacher().backbone.cls_token)
     with safe_open(tmp_path / "teacher.safetensors", "pt") as file:
@@ -54,7 +54,9 @@ def test_anyone_can_read_a_teacher_file_with_safetensors_alone(tmp_path):
 
 @pytest.mark.parametrize("case", range(40))
 def test_a_flipped_bit_in_a_teacher_file_is_found_or_harmless(tmp_path, case):
-    save_teacher(tmp_path, teacher(), CONFIG, {"size": 64, "mean": (0.5, 0.4, 0.3), "std": (1.0, 1.0, 1.0)})
+    save_teacher(
+        tmp_path, teacher().state_dict(), CONFIG, {"size": 64, "mean": (0.5, 0.4, 0.3), "std": (1.0, 1.0, 1.0)}
+    )
     written, path = load_teacher(tmp_path), tmp_path / "teacher.safetensors"
     content = bytearray(path.read_bytes())
     header = int.from_bytes(content[:8], "little")
@@ -118,7 +120,7 @@ def test_the_memory_of_a_block_is_seen():
 
 
 def test_a_header_that_claims_ten_terabytes_is_refused_in_a_sentence(tmp_path):
-    save_teacher(tmp_path, teacher(), CONFIG, PREPARED)
+    save_teacher(tmp_path, teacher().state_dict(), CONFIG, PREPARED)
 
     def claim(header):
         header["backbone.cls_token"] |= {"shape": [2_500_000_000_000], "data_offsets": [0, 10_000_000_000_000]}
@@ -131,7 +133,7 @@ def test_a_header_that_claims_ten_terabytes_is_refused_in_a_sentence(tmp_path):
 @pytest.mark.parametrize("size", [5_000_000_000, 10_000_000_000_000])
 def test_a_large_file_without_content_is_refused_before_it_is_read(tmp_path, size):
     """Such a file takes no room on a disk: its header is right, and its content a hole."""
-    save_teacher(tmp_path, teacher(), CONFIG, PREPARED)
+    save_teacher(tmp_path, teacher().state_dict(), CONFIG, PREPARED)
     path = tmp_path / "teacher.safetensors"
 
     def claim(header):
@@ -161,37 +163,37 @@ def test_a_large_file_without_content_is_refused_before_it_is_read(tmp_path, siz
 )
 def test_a_network_larger_than_its_weights_takes_no_memory(tmp_path, part, key, value):
     config = {**CONFIG, part: CONFIG[part] | {key: value}}
-    save_teacher(tmp_path, teacher(), config, PREPARED)
+    save_teacher(tmp_path, teacher().state_dict(), config, PREPARED)
     sentences = "weights of another network|cannot be built|make it smaller"
     with little_memory(), pytest.raises(ValueError, match=sentences):
         load_teacher(tmp_path)
 
 
 def test_weights_of_another_network_are_named(tmp_path):
-    save_teacher(tmp_path, teacher(), {**CONFIG, "head": CONFIG["head"] | {"hidden_dim": 9}}, PREPARED)
+    save_teacher(tmp_path, teacher().state_dict(), {**CONFIG, "head": CONFIG["head"] | {"hidden_dim": 9}}, PREPARED)
     with pytest.raises(ValueError, match=r"head\.mlp\.0\.weight is \[8, 16\] in the file and \[9, 16\] in the network"):
         load_teacher(tmp_path)
-    save_teacher(tmp_path, teacher(), {**CONFIG, "backbone": CONFIG["backbone"] | {"depth": 2}}, PREPARED)
+    save_teacher(tmp_path, teacher().state_dict(), {**CONFIG, "backbone": CONFIG["backbone"] | {"depth": 2}}, PREPARED)
     with pytest.raises(ValueError, match=r"missing: backbone\.blocks\.1\..* and \d+ more\)"):
         load_teacher(tmp_path)
 
 
 @pytest.mark.parametrize("key, value", [("pages", 3), ("hidden_dim", "wide"), ("depth", None)])
 def test_arguments_that_the_class_does_not_take_are_a_sentence(tmp_path, key, value):
-    save_teacher(tmp_path, teacher(), {**CONFIG, "backbone": CONFIG["backbone"] | {key: value}}, PREPARED)
+    save_teacher(tmp_path, teacher().state_dict(), {**CONFIG, "backbone": CONFIG["backbone"] | {key: value}}, PREPARED)
     with pytest.raises(ValueError, match="the network that it describes cannot be built"):
         load_teacher(tmp_path)
 
 
 def test_a_part_of_a_network_is_no_backbone(tmp_path):
     node = {"_target_": "dino.backbone.transformer.Block", "hidden_dim": 16, "heads": 2}
-    save_teacher(tmp_path, teacher(), {**CONFIG, "backbone": node}, PREPARED)
+    save_teacher(tmp_path, teacher().state_dict(), {**CONFIG, "backbone": node}, PREPARED)
     with pytest.raises(ValueError, match="cannot be built .*output_dim"):
         load_teacher(tmp_path)
 
 
 def test_a_checksum_tells_of_damage_and_says_so(tmp_path):
-    save_teacher(tmp_path, teacher(), CONFIG, PREPARED)
+    save_teacher(tmp_path, teacher().state_dict(), CONFIG, PREPARED)
     path = tmp_path / "teacher.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
