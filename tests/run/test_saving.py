@@ -23,6 +23,7 @@ from dino.run.epochs import Epochs
 from dino.run.recorder import Recorder
 from dino.run.run import Run
 from dino.run.saving import Saving
+from dino.run.snapshot import Snapshot
 from dino.run.stop import Interrupted, StopSignal
 from dino.run.writer import Writer
 from dino.train import run
@@ -145,7 +146,11 @@ def test_training_goes_on_while_a_checkpoint_is_written_which_holds_its_own_step
 
 
 def test_one_checkpoint_is_written_at_a_time_and_training_waits_for_it_with_the_next(tmp_path, monkeypatch):
-    ahead, steps = [], after_steps(monkeypatch)
+    ahead, snapshots, steps = [], [], after_steps(monkeypatch)
+
+    def taken(content):
+        snapshots.append(content["iteration"])
+        return Snapshot(content)
 
     def slow(step):
         if 1 < step < 8:  # the first and the last one are waited for anyway
@@ -154,7 +159,9 @@ def test_one_checkpoint_is_written_at_a_time_and_training_waits_for_it_with_the_
                 time.sleep(0.01)
             time.sleep(0.5)  # in which training could go further
         ahead.append((step, steps[-1] - step))
+        assert snapshots[-1] == step  # two would take twice the memory
 
+    monkeypatch.setattr(dino.run.saving, "Snapshot", taken)
     before_writing(monkeypatch, slow)
     train(tmp_path / "a", "checkpoint.every_minutes=1e-9")
     assert ahead == [(1, 0), (2, 1), (3, 1), (4, 1), (5, 1), (6, 1), (7, 1), (8, 0)]
