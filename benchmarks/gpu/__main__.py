@@ -32,7 +32,7 @@ from benchmarks.gpu.tables import markdown, one_line
 MEMORY = 16  # GB of the GPU for each part that is there at a time; the reference of ViT-S/16 with 128 images takes 25
 CORES = 3  # for each of them: the compiler uses several
 MOST_JOBS = 6
-RECIPE = "experiment=imagenette_resnet18"
+RECIPE = "experiment=imagenette_speedrun"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

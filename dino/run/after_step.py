@@ -12,6 +12,7 @@ from dino.run.recorder import Recorder
 from dino.run.saving import Saving
 from dino.run.step import Step
 from dino.run.stop import Interrupted, StopSignal
+from dino.runtime.compile import eager
 from dino.runtime.processes import all_reduce_max
 from dino.runtime.rng import preserve_rng
 
@@ -73,6 +74,7 @@ class AfterStep:
             raise Interrupted(signum)
 
     @preserve_rng()
+    @eager()
     def _end_epoch(self, done: int) -> bool:
         """Evaluates where it is time and records the epoch; True where the teacher is the best so far."""
         self.recorder.look(done)

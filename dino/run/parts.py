@@ -25,7 +25,6 @@ from dino.model import DinoModel, make_teacher
 from dino.optimizer import parameter_groups
 from dino.run.learner import Learner
 from dino.runtime.batch_norm import synchronise_batch_norm
-from dino.runtime.compile import eager
 from dino.runtime.device import autocast_for, choose_kernels, choose_precision, default_workers, describe, use_device
 from dino.runtime.processes import Place, barrier_refusals, broadcast_buffers, place, rank_zero_first, topology
 from dino.runtime.refused import Refused, one_line
@@ -105,20 +104,17 @@ class Parts:
 
     def _with_data(self, measure: Callable[..., T], backbone: torch.nn.Module) -> T:
         loading = self.data.loading
-        with eager():
-            return measure(
-                backbone,
-                self.data.train_set,
-                self.data.val_set,
-                mean=self.data.transform.mean,
-                std=self.data.transform.std,
-                device=self.device,
-                autocast=self.learner.autocast,
-                num_workers=0
-                if loading.cached_on_device
-                else loading.num_workers,  # a worker cannot reach the GPU's images
-                broken=self.data.broken,
-            )
+        return measure(
+            backbone,
+            self.data.train_set,
+            self.data.val_set,
+            mean=self.data.transform.mean,
+            std=self.data.transform.std,
+            device=self.device,
+            autocast=self.learner.autocast,
+            num_workers=0 if loading.cached_on_device else loading.num_workers,  # workers cannot reach a GPU's images
+            broken=self.data.broken,
+        )
 
     def __str__(self) -> str:
         data, batching, backbone = self.data, self.data.batching, self.student.backbone

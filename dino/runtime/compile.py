@@ -37,7 +37,7 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """What is compiled runs as if it were not: for an evaluation, whose shapes would each be compiled anew."""
+    """What is compiled runs as if it were not: for evaluation and report, whose shapes would each be compiled anew."""
     compiles = "torch._dynamo" in sys.modules  # to load it takes seconds, and a run that does not compile never does
     with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
         yield
