@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-FEWEST = 3  # blocks alike that are compiled one by one: all of them are the same few graphs
 # Of one function. Its blocks ask for a few each of the student, the teacher, their first and their last block; at the
 # limit of 8 that torch sets, the rest would stay eager without a word.
 MOST_GRAPHS = 64
@@ -28,7 +27,7 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     blocks = [
         member
         for members in network.modules()
-        if isinstance(members, nn.ModuleList | nn.Sequential) and len(members) >= FEWEST
+        if isinstance(members, nn.ModuleList | nn.Sequential)
         if len({_kind(member) for member in members}) == 1 and _size(members[0])
         for member in members
     ]
