@@ -47,7 +47,7 @@ def end_to_end(turn: Turn, overrides: Sequence[str]) -> dict[str, float]:
 def resume(turn: Turn, overrides: Sequence[str]) -> dict[str, float]:
     """Tensors of the last checkpoint of a run that was killed and started again, and how many of them are those of a
     run that was never interrupted, to the bit."""
-    overrides = [*overrides, "deterministic=true"]
+    overrides = [*overrides, "deterministic=true", "checkpoint.every_epochs=1"]  # to be killed between two
     whole, cut = program("whole", overrides), program("cut", overrides)
     folder = Path("outputs", "cut", "checkpoints")
     while cut.poll() is None and not any(step_of(path) > 1 for path in folder.glob("step_*.pt")):
