@@ -44,7 +44,7 @@ class DinoModel(nn.Module):
         """Outputs of one view or of a list of views, in the order of the views: view 0's batch, view 1's, ...
 
         A list costs one pass of the backbone for each *resolution* in it, wherever in the list its views stand (one in
-        all for a backbone with `forward_sizes`), and one pass of the head. So batch norm in the backbone sees the views
+        all for a ViT), and one pass of the head. So batch norm in the backbone sees the views
         of one resolution together, and in the head all views together, as in the authors' MultiCropWrapper.
         With return_backbone_features the answer is (features, outputs), both in that order. With factored it is the
         two factors of the outputs: what the loss takes so that the outputs are never whole.
@@ -57,8 +57,8 @@ class DinoModel(nn.Module):
             of_size.setdefault(view.shape[-2:], []).append(i)
 
         images = [joined([views[i] for i in indices]) for indices in of_size.values()]
-        several = getattr(self.backbone, "forward_sizes", None)
-        features_of_size = several(images) if several else [self.backbone(of_one_size) for of_one_size in images]
+        at_once = getattr(type(self.backbone).forward, "several_sizes", False)
+        features_of_size = self.backbone(images) if at_once else [self.backbone(of_one_size) for of_one_size in images]
         features_of_view: list[Tensor] = [torch.empty(0)] * len(views)
         for indices, of_one_size in zip(of_size.values(), features_of_size, strict=True):
             for i, part in zip(indices, of_one_size.split([len(views[i]) for i in indices]), strict=True):

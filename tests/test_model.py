@@ -66,6 +66,23 @@ def test_a_list_runs_once_a_resolution_and_the_head_once():
     assert model.backbone.seen[2:] == [(3, 3, 8, 16), (3, 3, 16, 8)]
 
 
+class Doubled(ViTTiny):
+    def forward(self, images):
+        return 2 * super().forward(images)
+
+
+def test_a_vit_takes_all_sizes_at_once_and_a_forward_of_ones_own_that_replaces_it_each_of_them():
+    seen = []
+    for kind, factor in ((ViTTiny, 1), (Doubled, 2)):
+        torch.manual_seed(0)
+        backbone = kind(hidden_dim=16, depth=2, heads=2, image_size=32).eval()
+        backbone.register_forward_hook(lambda module, inputs, output: seen.append(type(inputs[0])))
+        views = views_of(32, 16)
+        expected = factor * torch.cat([ViTTiny.forward(backbone, view) for view in views])
+        assert torch.allclose(DinoModel(backbone, nn.Identity())(views), expected, atol=1e-5)
+    assert seen == [list, torch.Tensor, torch.Tensor]
+
+
 def test_batch_norm_sees_the_views_of_one_resolution_together():
     backbone = SmallResNet(width=8)
     model = DinoModel(backbone, nn.Identity())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,13 @@ FUSED_FROM, FUSED_FROM_IN_HALF = 128, 768
 Shapes = tuple[tuple[int, int], ...]
 Rows = Float[Tensor, "_ _"]
 Branch = Callable[[Tensor, Shapes], Tensor]
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def takes_several_sizes(forward: Forward) -> Forward:
+    """Marks a backbone's `forward` that takes a list, too: a batch of each image size. One that overrides it is not."""
+    forward.several_sizes = True  # type: ignore[attr-defined]
+    return forward
 
 
 class Transformer(nn.Module):
@@ -46,23 +54,30 @@ class Transformer(nn.Module):
             raise ValueError(f"{name}: drop_path must be in [0, 1), got {drop_path}.")
         self.output_dim = hidden_dim
         self.gradient_checkpointing = gradient_checkpointing
-        rates = [drop_path * i / max(1, depth - 1) if drop_path else None for i in range(depth)]
+        rates = (drop_path * i / max(1, depth - 1) if drop_path else None for i in range(depth))
         self.blocks = nn.ModuleList(Block(hidden_dim, heads, rate, eps) for rate in rates)
         self.norm = nn.LayerNorm(hidden_dim, eps)
 
     def embed(self, images: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch {self.output_dim}"]:
-        """The CLS token after the final norm; the last block computes no other (a twelfth of ViT-S saved)."""
-        return self.forward_sizes([images])[0]
+    @overload
+    def forward(self, images: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, images: Sequence[Tensor]) -> list[Tensor]: ...
+    @takes_several_sizes
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"] | Sequence[Float[Tensor, "_ 3 _ _"]]
+    ) -> Float[Tensor, "batch {self.output_dim}"] | list[Float[Tensor, "_ {self.output_dim}"]]:
+        """The CLS token after the final norm; the last block computes no other (a twelfth of ViT-S saved).
 
-    def forward_sizes(self, images: Sequence[Float[Tensor, "_ 3 _ _"]]) -> list[Float[Tensor, "_ {self.output_dim}"]]:
-        """`forward` of batches of several image sizes, in one pass through the blocks."""
-        rows, shapes = self._embedded(images)
+        Batches of several image sizes, as a list, go through the blocks at once, and give a list.
+        """
+        rows, shapes = self._embedded([images] if isinstance(images, Tensor) else images)
         for i, block in enumerate(self.blocks, start=1):
             rows = self._through(block, rows, shapes, cls_only=i == len(self.blocks))
-        return list(self.norm(rows).split([batch for batch, _ in shapes]))
+        features = list(torch.split(self.norm(rows), [batch for batch, _ in shapes]))
+        return features[0] if isinstance(images, Tensor) else features
 
     def tokens(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens {self.output_dim}"]:
         """All tokens after the final norm: CLS, then the patches row by row."""
