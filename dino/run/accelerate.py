@@ -23,31 +23,25 @@ Record = Callable[[Callable[[], Distilled]], tuple[Replay, Distilled]]
 
 
 def accelerate(parts: Parts, compile: bool, graph: bool) -> None:
-    """`parts.learner.distil` and the photometry compiled, and `distil` captured, as far as this machine can.
+    """`parts.learner.distil` and the photometry compiled, and `distil` recorded as a CUDA graph.
 
-    What fails is one warning, and the run goes on without it. Weights, statistics, gradients and random states are
-    afterwards as they were. With several processes nothing is captured: a graph would have to hold their collectives.
+    What cannot be is one warning, and the run goes on without it. Weights, statistics, gradients and random states are
+    afterwards as they were.
     """
-    graph = graph and parts.device.type == "cuda" and is_single_process()
     if not (compile or graph):
         return
-    learner, micro_batches = parts.learner, parts.data.batching.accumulation
     torch.compiler.set_stance("default")
-    with preserve_rng(), _left_as_it_was(learner):
+    with preserve_rng(), _left_as_it_was(parts.learner):
         views = _views(parts)
         if compile:
             log.info("compiling, once for a network and its image sizes: this may take a minute")
-            problem = _compiled(parts, views, micro_batches)
+            problem = _compile(parts, views)
             # All processes go on alike: the numbers of compiled and eager steps differ by rounding.
             if all_reduce_max(problem is not None) != [0]:
                 torch.compiler.set_stance("force_eager")
                 _warn("compiled", problem or "the compiler failed in another process", "compile=false")
-        if graph:
-            try:
-                learner.passes = captured(learner, views, micro_batches)
-            except Exception as error:  # whatever CUDA says of an operation that cannot be captured
-                learner.passes = learner.forward_backward
-                _warn("captured as a CUDA graph", one_line(error), "graph=false")
+        if graph and (problem := _capture(parts, views)):
+            _warn("recorded as a CUDA graph", problem, "graph=false")
 
 
 def captured(
@@ -62,8 +56,8 @@ def captured(
     return lambda inputs, _: recording(inputs)
 
 
-def _compiled(parts: Parts, views: Sequence[Tensor], micro_batches: int) -> str | None:
-    """Compiles, by a pass forward and backward; returns what went wrong."""
+def _compile(parts: Parts, views: Sequence[Tensor]) -> str | None:
+    """By a pass forward and backward; returns what went wrong."""
     learner, transform = parts.learner, parts.transform
     try:
         for model in (learner.student, learner.teacher):
@@ -73,10 +67,24 @@ def _compiled(parts: Parts, views: Sequence[Tensor], micro_batches: int) -> str 
         if isinstance(transform, DINOTransform):
             transform.compile()
             transform.augment([torch.zeros_like(view, dtype=torch.uint8) for view in views], seed=(0,))
-        learner.forward_backward(views, micro_batches)
+        learner.forward_backward(views, parts.data.batching.accumulation)
     except Exception as error:  # the compiler's, a missing Triton or C compiler, what a foreign network makes of it
         if is_out_of_memory(error):
             raise
+        return one_line(error)
+    return None
+
+
+def _capture(parts: Parts, views: Sequence[Tensor]) -> str | None:
+    """Returns what went wrong."""
+    learner = parts.learner
+    if parts.device.type != "cuda":
+        return f"the device is {parts.device.type}"
+    if not is_single_process():
+        return "several processes train, and it would have to hold what they send each other"
+    try:
+        learner.passes = captured(learner, views, parts.data.batching.accumulation)
+    except Exception as error:  # whatever CUDA says of an operation that no graph can hold
         return one_line(error)
     return None
 

@@ -32,7 +32,7 @@ from dino.run.stop import Interrupted, StopSignal
 from dino.runtime.device import peak_memory, use_device
 from dino.runtime.flops import images_to_mfu
 from dino.runtime.memory import oom_advice
-from dino.runtime.processes import barrier_refusals, place, processes
+from dino.runtime.processes import barrier_refusals, is_single_process, place, processes
 from dino.runtime.profile import profiled
 from dino.runtime.rng import set_rng_state
 from dino.runtime.sharding import data_parallel
@@ -73,10 +73,14 @@ def run(config: dict[str, Any], directory: Path, loop: Loop) -> float:
 def _train(run: Run, loop: Loop, stop: StopSignal, started: float) -> float:
     learner, steps = run.learner, run.data.steps(run.epochs.start)
     after_step = after_step_of(run, steps, stop)
+    compile, graph = run.settings.compile, run.settings.graph
     on_cuda = run.parts.device.type == "cuda"
-    compile, graph = (on_cuda if key == "auto" else key for key in (run.settings.compile, run.settings.graph))
     with oom_advice(run.memory_advice()), stop.at_once():
-        accelerate(run.parts, compile, graph)
+        accelerate(
+            run.parts,
+            compile=on_cuda if compile == "auto" else compile,
+            graph=on_cuda and is_single_process() if graph == "auto" else graph,
+        )
     learner.parallel = data_parallel(learner.student, run.data.batching.accumulation)
     if run.parts.place.rank < len(run.rng):
         set_rng_state(run.rng[run.parts.place.rank])

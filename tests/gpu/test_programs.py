@@ -30,7 +30,7 @@ PROGRAMS = {
     "fp16": [*SMALL, *EAGER, "backbone=resnet_small", "precision=fp16"],
     "whole": EXACT,
     "killed": [*EXACT, "checkpoint.every_epochs=1"],
-    "ddp": [*SMALL, "backbone=resnet_small", "graph=true"],
+    "ddp": [*SMALL, "backbone=resnet_small"],
     "fsdp": [*SMALL, *EAGER, "training.sharded=true"],
     "out of memory": [*SMALL, *EAGER, "training.batch_size=512", "augmentation.global_size=4000"],
     "stopped": VIT,
