@@ -1,5 +1,8 @@
 """Which GPU a run takes and draws from; CUDA is faked, as far as it is asked."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -96,3 +99,29 @@ def test_a_run_on_the_cpu_makes_no_cuda_context(monkeypatch):
     set_rng_state(on_gpu)  # of a run that goes on without its GPU
     assemble(compose(["device=cpu", "dataset.train.images=64", "dataset.val.images=10"], "train", CONF))
     assert not gpus.initialised
+
+
+@pytest.mark.parametrize(
+    ("bf16", "capability", "chosen"), [(True, (8, 0), "bf16"), (False, (7, 5), "fp16"), (False, (6, 0), "fp32")]
+)
+def test_a_gpu_computes_in_the_half_precision_that_its_tensor_cores_have(monkeypatch, bf16, capability, chosen):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of: capability)
+    assert device.choose_precision("auto", torch.device("cuda")) == chosen
+    assert device.choose_precision("fp32", torch.device("cuda")) == "fp32"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kernels_are_the_fastest_or_the_same_each_time(monkeypatch, deterministic):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode, warn_only: asked.append((mode, warn_only)))
+    for flags, name in ((torch.backends.cudnn, "benchmark"), (torch.backends.cudnn, "allow_tf32")):
+        monkeypatch.setattr(flags, name, deterministic)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace())
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    device.choose_kernels(deterministic, torch.device("cuda"))
+    assert asked == [(deterministic, True)]  # an operation without such a kernel is a warning, not the end
+    assert torch.backends.cudnn.benchmark is torch.backends.cudnn.allow_tf32 is not deterministic
+    assert torch.backends.cuda.matmul.allow_tf32 is not deterministic
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is deterministic
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
