@@ -32,7 +32,7 @@ PROGRAMS = {
     "killed": [*EXACT, "checkpoint.every_epochs=1"],
     "ddp": [*SMALL, "backbone=resnet_small"],
     "fsdp": [*SMALL, *EAGER, "training.sharded=true"],
-    "out of memory": [*SMALL, *EAGER, "training.batch_size=512", "augmentation.global_size=4000"],
+    "out of memory": [*SMALL, *EAGER, "training.batch_size=512", "augmentation.global_size=3000"],
     "stopped": VIT,
 }
 OF_PHOTOGRAPHS = {
