@@ -12,7 +12,7 @@ from benchmarks.gpu.turn import Turn
 from dino.augmentation import DINOTransform
 from dino.dataset.cache import Cached
 from dino.loading.sampler import PHOTOMETRY
-from dino.loading.views import crops_of
+from dino.loading.views import Loading, crops_of
 from dino.runtime.device import choose_device
 
 
@@ -55,7 +55,7 @@ def crops(turn: Turn, batch: int, side: int, views: tuple[int, int, int], rounds
     images: Any = Noise(batch, side)
     if device.type != "cpu":
         images = Cached(images, device=device)
-    cropping = crops_of(images, transform, "crops", set())
+    cropping = crops_of(images, transform, Loading(device, device_does="crops"))
     rng = np.random.default_rng(0)
     handed = cropping.collate([cropping.load(index, rng) for index in range(batch)])
     return timed(turn, lambda: cropping.views(handed, device), batch, rounds, device)
