@@ -71,7 +71,9 @@ class Doubled(ViTTiny):
         return 2 * super().forward(images)
 
 
-def test_a_vit_takes_all_sizes_at_once_and_a_forward_of_ones_own_that_replaces_it_each_of_them():
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_vit_takes_all_sizes_at_once_and_a_forward_of_ones_own_that_replaces_it_each_of_them(monkeypatch, at_once):
+    monkeypatch.setattr("dino.backbone.transformer.AT_ONCE_ON", {"cpu"} if at_once else {"cuda"})
     seen = []
     for kind, factor in ((ViTTiny, 1), (Doubled, 2)):
         torch.manual_seed(0)
