@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 # Number of tokens from which torch's fused attention is faster on a CPU. In fp32 it is 10 to 40 % slower at 17 and 37
 # tokens and 20 % faster at 197; its gradients in half precision take twice as long at 197, and as long at 785.
 FUSED_FROM, FUSED_FROM_IN_HALF = 128, 768
-# Where all image sizes go through a block at once. A GPU waits for fewer kernels; a CPU's caches hold one size at a time
-# (`vit_tiny` takes 7 % longer at once).
+# Where all image sizes go through a block at once. A GPU has fewer kernels to wait for; a CPU's caches hold one size at
+# a time (`vit_tiny` takes 7 % longer at once).
 AT_ONCE_ON = {"cuda"}
 
 
