@@ -75,16 +75,17 @@ def _train(run: Run, loop: Loop, stop: StopSignal, started: float) -> float:
     after_step = after_step_of(run, steps, stop)
     compile, graph = run.settings.compile, run.settings.graph
     on_cuda = run.parts.device.type == "cuda"
-    with oom_advice(run.memory_advice()), stop.at_once():
-        accelerate(
-            run.parts,
-            compile=on_cuda if compile == "auto" else compile,
-            graph=on_cuda and is_single_process() if graph == "auto" else graph,
-        )
-    learner.parallel = data_parallel(learner.student, run.data.batching.accumulation)
-    if run.parts.place.rank < len(run.rng):
-        set_rng_state(run.rng[run.parts.place.rank])
     try:
+        with oom_advice(run.memory_advice()), stop.at_once():
+            accelerate(
+                run.parts,
+                compile=on_cuda if compile == "auto" else compile,
+                graph=on_cuda and is_single_process() if graph == "auto" else graph,
+            )
+        learner.parallel = data_parallel(learner.student, run.data.batching.accumulation)
+        if run.parts.place.rank < len(run.rng):
+            set_rng_state(run.rng[run.parts.place.rank])
+        after_step.recorder.restart_clock()
         after_step.end_interrupted_epoch()
         with oom_advice(run.memory_advice()):
             rank_zero_profiles = run.settings.profile and run.parts.place.rank == 0

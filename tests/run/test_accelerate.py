@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -17,6 +18,7 @@ from dino.backbone.vit_tiny import ViTTiny
 from dino.config import CONF, compose
 from dino.loading.micro_batch import MicroBatch
 from dino.run import accelerate as accelerating
+from dino.run import session
 from dino.run.accelerate import accelerate, captured
 from dino.run.learner import Learner
 from dino.run.parts import assemble
@@ -186,6 +188,23 @@ def test_a_signal_while_it_compiles_is_no_failure_of_the_compiler(monkeypatch):
     monkeypatch.setattr(accelerating, "compile_regions", interrupted)
     with pytest.raises(Interrupted):
         accelerate(tiny_parts(), compile=True, graph=False)
+
+
+def test_a_signal_before_the_first_step_is_said_and_handed_on_to_be_requeued(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise Interrupted(signal.SIGUSR2)
+
+    handed_on = []
+    before = signal.signal(signal.SIGUSR2, lambda signum, frame: handed_on.append(signum))  # as submitit's
+    monkeypatch.setattr(session, "accelerate", interrupted)
+    few = ["dataset.train.images=32", "dataset.val.images=10", "training.batch_size=4", "evaluator=none", "device=cpu"]
+    try:
+        with pytest.raises(Interrupted):
+            session.run(compose([*few, "compile=true"], "train", CONF), tmp_path / "a", train)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert handed_on == [signal.SIGUSR2]
+    assert "stopped by SIGUSR2; the same command resumes" in capsys.readouterr().err
 
 
 @pytest.mark.slow
