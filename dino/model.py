@@ -44,8 +44,8 @@ class DinoModel(nn.Module):
         """Outputs of one view or of a list of views, in the order of the views: view 0's batch, view 1's, ...
 
         A list costs one pass of the backbone for each *resolution* in it, wherever in the list its views stand (one in
-        all for a ViT), and one pass of the head. So batch norm in the backbone sees the views
-        of one resolution together, and in the head all views together, as in the authors' MultiCropWrapper.
+        all for a ViT on a GPU), and one pass of the head. So batch norm in the backbone sees the views of one
+        resolution together, and in the head all views together, as in the authors' MultiCropWrapper.
         With return_backbone_features the answer is (features, outputs), both in that order. With factored it is the
         two factors of the outputs: what the loss takes so that the outputs are never whole.
         """

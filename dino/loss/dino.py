@@ -66,7 +66,7 @@ class DinoLoss(nn.Module):
         self.cross_entropy = cross_entropy
 
     def compile(self, **options: Any) -> None:
-        self.cross_entropy = torch.compile(cross_entropy, dynamic=False, **options)
+        self.cross_entropy = torch.compile(cross_entropy, **options)
 
     def forward(
         self,
@@ -85,11 +85,12 @@ class DinoLoss(nn.Module):
         """
         if isinstance(teacher_temp, float | int):
             check_temperature("teacher_temp", teacher_temp)
+        temp = self.teacher_temp if teacher_temp is None else teacher_temp
         outputs, weight = student if isinstance(student, Factors) else (student, None)
         images = len(outputs) // self.ncrops
         of_views, of_globals = outputs.view(self.ncrops, images, -1), teacher.view(self.n_global_crops, images, -1)
         with torch.autocast(outputs.device.type, enabled=False):
-            total: Tensor = _CrossEntropy.apply(self, of_views, weight, of_globals, teacher_temp)
+            total: Tensor = _CrossEntropy.apply(self, of_views, weight, of_globals, temp)
         if self.training and move_center:
             self.update_center(teacher)
         return total / (self.n_global_crops * (self.ncrops - 1) * images)
@@ -110,13 +111,10 @@ class DinoLoss(nn.Module):
         `teacher` holds this process's outputs; the figures are of all processes'.
         Collapse to uniform: the first is at 1. Collapse to one prototype: the second is at 0 (Sec. 5.3).
         """
-        p = self._probabilities(teacher, teacher_temp)
+        p = probabilities(teacher, self.center, self.teacher_temp if teacher_temp is None else teacher_temp)
         mean = all_reduce_mean(p.mean(dim=0))
         of_each = all_reduce_mean(-torch.xlogy(p, p).sum(dim=-1).mean())
         return of_each / math.log(self.out_dim), -torch.xlogy(mean, mean).sum() / math.log(self.out_dim)
-
-    def _probabilities(self, teacher: Tensor, teacher_temp: float | Tensor | None) -> Tensor:
-        return probabilities(teacher, self.center, self.teacher_temp if teacher_temp is None else teacher_temp)
 
 
 def probabilities(teacher: Tensor, center: Tensor, teacher_temp: float | Tensor) -> Tensor:
@@ -158,18 +156,17 @@ class _CrossEntropy(torch.autograd.Function):
         outputs: Float[Tensor, "ncrops images _"],
         weight: Float[Tensor, "out_dim _"] | None,
         teacher: Float[Tensor, "globals images out_dim"],
-        teacher_temp: float | Tensor | None,
+        teacher_temp: float | Tensor,
     ) -> Float[Tensor, ""]:
         of_outputs, of_weight = torch.empty_like(outputs), None if weight is None else torch.zeros_like(weight)
         total = torch.zeros((), device=outputs.device)
-        temp = loss.teacher_temp if teacher_temp is None else teacher_temp
         most = MOST_LOGITS if outputs.device.type == "cpu" else MOST_LOGITS_ON_A_GPU
         parts = math.ceil(outputs.shape[:2].numel() * loss.out_dim / most)
         for output, gradient, of_globals in zip(
             *(tensor.chunk(parts, dim=1) for tensor in (outputs, of_outputs, teacher)), strict=True
         ):
             logits = output if weight is None else F.linear(output, weight)
-            of_part, of_logits = loss.cross_entropy(logits, of_globals, loss.center, temp, loss.student_temp)
+            of_part, of_logits = loss.cross_entropy(logits, of_globals, loss.center, teacher_temp, loss.student_temp)
             total = total + of_part
             gradient.copy_(of_logits if weight is None else of_logits @ weight)
             if of_weight is not None:

@@ -63,7 +63,7 @@ def _compile(parts: Parts, views: Sequence[Tensor]) -> str | None:
         for model in (learner.student, learner.teacher):
             compile_regions(model.backbone)
             model.projection_head.compile(dynamic=False)
-        learner.loss.compile()
+        learner.loss.compile(dynamic=False)
         if isinstance(transform, DINOTransform):
             transform.compile()
             transform.augment([torch.zeros_like(view, dtype=torch.uint8) for view in views], seed=(0,))

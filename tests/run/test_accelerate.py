@@ -253,7 +253,7 @@ def losses(compiled, dtype):
     for model in (made.student, made.teacher):
         compile_regions(model.backbone)
         model.projection_head.compile(dynamic=False)
-    made.loss.compile()
+    made.loss.compile(dynamic=False)
     first = trained(made, [next(batches)])
     torch._dynamo.config.error_on_recompile = True
     rest = trained(made, batches)
