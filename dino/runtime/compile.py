@@ -1,8 +1,7 @@
 """torch.compile, of the regions of a network that are worth a graph of their own."""
 
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -37,8 +36,7 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
 @contextmanager
 def eager() -> Iterator[None]:
     """What is compiled runs as if it were not: for evaluation and report, whose shapes would each be compiled anew."""
-    compiles = "torch._dynamo" in sys.modules  # to load it takes seconds, and a run that does not compile never does
-    with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 

@@ -1,43 +1,23 @@
 """Features of whole data sets, wherever their images lie."""
 
-import numpy as np
 import pytest
 import torch
 from elsewhere import cached_elsewhere
+from photos import Photos
 from torch import nn
 from torch.utils.data import Subset
 
 from dino.augmentation import EvalTransform
 from dino.dataset.cache import Cached
-from dino.dataset.encoded import BrokenImage
 from dino.evaluator import features
 from dino.evaluator.features import UNREAD, batches, features_of
 
 TRANSFORM = EvalTransform(24)
 
 
-class Photos:
-    """Noise of many sizes, labelled by its index; that at `broken` cannot be read."""
-
-    classes = None
-
-    def __init__(self, images, broken=()):
-        self.images, self.broken = images, broken
-
-    def __len__(self):
-        return self.images
-
-    def __getitem__(self, index):
-        if index in self.broken:
-            raise BrokenImage(f"{index}.jpg")
-        rng = np.random.default_rng(index)
-        pixels = rng.integers(0, 256, (*rng.integers(20, 60, 2), 3), dtype=np.uint8)
-        return torch.from_numpy(pixels).permute(2, 0, 1), index
-
-
 @pytest.mark.parametrize("part", [range(40), range(3, 40, 2)], ids=["whole", "part"])
 def test_images_on_a_gpu_give_the_features_of_those_on_the_cpu(part, monkeypatch):
-    dataset, said = Photos(400, broken=(4, 7, 39)), [set(), set()]
+    dataset, said = Photos(400, broken=(4, 7, 39), block=1), [set(), set()]
     expected = features_of(nn.Flatten(), Subset(dataset, part), TRANSFORM, batch_size=16, broken=said[0])
     held = cached_elsewhere(dataset, torch.Tensor.clone)
     monkeypatch.setattr(Cached, "__getitem__", None)  # not one by one
@@ -50,7 +30,7 @@ def test_images_on_a_gpu_give_the_features_of_those_on_the_cpu(part, monkeypatch
 
 
 def test_images_on_a_gpu_are_shuffled_alike_each_time():
-    held = cached_elsewhere(Photos(30), torch.Tensor.clone)
+    held = cached_elsewhere(Photos(30, block=1), torch.Tensor.clone)
     first, again = ([labels for _, labels, _ in batches(held, TRANSFORM, 8, shuffle=True)] for _ in range(2))
     assert torch.equal(torch.cat(first), torch.cat(again))
     assert torch.equal(torch.cat(first).sort().values, torch.arange(30))

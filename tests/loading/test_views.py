@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from photos import Photos
 from PIL import Image
 from test_batches import assert_same, views_of
 from test_train import TINY, assert_same_run, program
@@ -24,26 +25,6 @@ from dino.loading.views import CachedCrops, DeviceCrops, DeviceDecodes, Loading,
 TRANSFORM = DINOTransform(num_local_views=2, global_size=24, local_size=12)
 CPU = torch.device("cpu")
 WAYS = [WorkerCrops, DeviceCrops, CachedCrops]
-
-
-class Photos:
-    """Blocks of colour, of many sizes; those at `broken` cannot be read."""
-
-    classes = None
-
-    def __init__(self, images=40, broken=()):
-        self.images, self.broken = images, broken
-
-    def __len__(self):
-        return self.images
-
-    def __getitem__(self, index):
-        if index in self.broken:
-            raise BrokenImage(f"{index}.jpg")
-        rng = np.random.default_rng(index)
-        height, width = rng.integers(20, 60, 2)
-        blocks = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)[:height, :width]
-        return torch.from_numpy(np.ascontiguousarray(blocks)).permute(2, 0, 1), index
 
 
 def crops(way, dataset=None):

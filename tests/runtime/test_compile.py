@@ -7,7 +7,6 @@ from torch import nn
 from dino.backbone.resnet import ResNet, SmallResNet
 from dino.backbone.timm import Timm
 from dino.backbone.vit_tiny import ViTTiny
-from dino.runtime import compile as compiling
 from dino.runtime.compile import compile_regions, eager, repeated_blocks
 
 
@@ -43,10 +42,3 @@ def test_what_is_compiled_runs_eagerly_in_an_evaluation():
     with eager():
         assert double(x).tolist() == [2, 2, 2] and calls == []
     assert double(x).tolist() == [2, 2, 2] and len(calls) == 1
-
-
-def test_a_run_that_compiles_nothing_does_not_load_the_compiler_for_an_evaluation(monkeypatch):
-    monkeypatch.delitem(compiling.sys.modules, "torch._dynamo", raising=False)
-    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: pytest.fail("it was loaded"))
-    with eager():
-        pass
