@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +36,17 @@ MOST_JOBS = 6
 RECIPE = "experiment=imagenette_speedrun"
 
 
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM is an exception in it, so that the parts' processes and the folder are cleared away too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@ended_by_sigterm()
 def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--minutes", type=float, default=8, help="all of it, at most")
@@ -62,7 +74,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text())["parts"] if path.exists() else {}  # of a command before, on the same day
     found: dict[str, dict[str, object]] = {}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an exception, so that the parts end too
     with tempfile.TemporaryDirectory(prefix="benchmarks_gpu_", ignore_cleanup_errors=True) as folder:
         jobs = chosen.jobs or default_jobs(facts, tiny)
         processes = Processes(Path(folder), settings, jobs, begun + 60 * chosen.minutes)

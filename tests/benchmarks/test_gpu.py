@@ -58,7 +58,8 @@ def test_the_run_that_learns_has_a_curve_and_leaves_its_history(tmp_path, capsys
     run = found["end_to_end"]
     assert run["epoch_over_steps"] > 1 and run["epoch_s"] > 96 / run["images_per_second"] and run["first_step_s"] > 0
     run = found["learning"]
-    assert [point["epoch"] for point in run["curve"]] == [1, 2] and run["epochs"] == 2
+    epochs = [point["epoch"] for point in run["curve"]]
+    assert epochs == sorted(set(epochs)) and epochs[-1] == run["epochs"] >= 2  # as many as the machine has time for
     assert 0 < run["minutes"] <= run["process_s"] / 60 and 0 < run["knn"] < 1
     (history,) = map(History.load, tmp_path.glob("cpu_*.history.json"))
     assert history.get_metric("knn", "epoch") == [point["knn"] for point in run["curve"]]
